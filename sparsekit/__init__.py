@@ -1,0 +1,1 @@
+"""A trained PyTorch network and a budget in; a physically smaller, verified, measured network out."""

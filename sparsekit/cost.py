@@ -1,0 +1,85 @@
+"""What a network costs as a function of how many channels each group keeps: MACs, parameters, channels.
+
+Ops that no rule knows are listed in `ChannelGraph.uncounted`, never counted as zero in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from sparsekit.budget import Metric
+from sparsekit.graph import ChannelGraph, CostTerm
+from sparsekit.plan import ChannelGroup
+
+Counts = NDArray[np.int64]  # channels kept per group, in the order of `ChannelGraph.groups`
+
+
+class Cost:
+    """One metric of one graph, evaluated as sums of products so that a search may call it thousands of times."""
+
+    def __init__(self, terms: tuple[CostTerm, ...], num_groups: int) -> None:
+        self._scale = np.array([term.scale for term in terms])
+        self._num_sizes = max((len(term.sizes) for term in terms), default=1)
+        fixed = np.ones((len(terms), self._num_sizes))
+        rows, columns, values = [], [], []
+        for number, term in enumerate(terms):
+            for position, (constant, per_channel) in enumerate(term.sizes):
+                fixed[number, position] = constant
+                for group, count in per_channel.items():
+                    rows.append(number * self._num_sizes + position)
+                    columns.append(group)
+                    values.append(count)
+        self._fixed = fixed.ravel()
+        self._per_channel = csr_array((values, (rows, columns)), shape=(fixed.size, num_groups))
+
+    def __call__(self, counts: Counts) -> float:
+        """The metric when group g keeps `counts[g]` channels."""
+        sizes = self._fixed + self._per_channel @ counts
+        return float(self._scale @ sizes.reshape(-1, self._num_sizes).prod(axis=1))
+
+
+class Costs:
+    """Every metric that follows from channel counts alone."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self._graph = graph
+
+    @cached_property
+    def dense(self) -> Counts:
+        """All channels kept."""
+        return np.array([group.size for group in self._graph.groups], dtype=np.int64)
+
+    @cached_property
+    def _costs(self) -> dict[Metric, Cost]:
+        num_groups = len(self._graph.groups)
+        channels = (CostTerm("channels", 1.0, ((0, {g: 1}),)) for g in range(num_groups))
+        return {
+            Metric.NUM_MACS: Cost(self._graph.macs, num_groups),
+            Metric.NUM_PARAMS: Cost(self._graph.params, num_groups),
+            Metric.CHANNELS: Cost(tuple(channels), num_groups),
+        }
+
+    def __call__(self, metric: Metric, counts: Counts) -> float:
+        """`metric` when group g keeps `counts[g]` channels; MACs are per example."""
+        return self._costs[metric](counts)
+
+    def counts(self, kept: Mapping[ChannelGroup, int]) -> Counts:
+        """Channels kept per group, those not named keeping all."""
+        return np.array([kept.get(group, group.size) for group in self._graph.groups], dtype=np.int64)
+
+
+def num_macs(graph: ChannelGraph, kept: Mapping[ChannelGroup, int] | None = None) -> int:
+    """Multiply-accumulates of one example when groups keep `kept` channels (all where not named)."""
+    costs = Costs(graph)
+    return round(costs(Metric.NUM_MACS, costs.counts(kept or {})))
+
+
+def num_params(graph: ChannelGraph, kept: Mapping[ChannelGroup, int] | None = None) -> int:
+    """Parameters when groups keep `kept` channels (all where not named)."""
+    costs = Costs(graph)
+    return round(costs(Metric.NUM_PARAMS, costs.counts(kept or {})))

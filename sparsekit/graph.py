@@ -1,0 +1,348 @@
+"""trace(model, example_inputs) -> ChannelGraph: the groups of coupled channels, and what is locked and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+from sparsekit.compaction import compact
+from sparsekit.coupling import Atoms, Coupling, Frozen, Labels, Product
+from sparsekit.errors import PlanError, TraceError
+from sparsekit.plan import ChannelGroup, PruningPlan, Slot
+from sparsekit.record import Op, Recording, Ref, on_meta, record
+from sparsekit.rules import RULES, follow
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Channels that are never cut, and what in the forward pass holds them.
+
+    Attributes:
+        module: path of the module that ran the op.
+        source: "file.py:147", the user's line.
+        op: the ATen operator.
+        reason: in words.
+        macs_share: share in [0, 1] of the network's MACs in layers with a dimension locked by this refusal.
+    """
+
+    module: str
+    source: str
+    op: str
+    reason: str
+    macs_share: float
+
+
+@dataclass(frozen=True, eq=False)
+class CostTerm:
+    """`scale` times the product of sizes that follow the number of channels kept.
+
+    Each size is `fixed + sum(count[g] * per_channel[g])` over group numbers g.
+    """
+
+    name: str
+    scale: float
+    sizes: tuple[tuple[int, dict[int, int]], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """What may be cut from a network.
+
+    Attributes:
+        model: the user's network, never changed.
+        groups: coupled channels, in the order in which the forward pass makes them.
+        refusals: what is locked, worst first.
+        macs: multiply-accumulates per example, a term per layer call.
+        params: parameters, a term per tensor.
+        uncounted: ops that take tensors and have no rule: their MACs are in no number.
+    """
+
+    model: nn.Module
+    groups: tuple[ChannelGroup, ...]
+    refusals: tuple[Refusal, ...]
+    macs: tuple[CostTerm, ...]
+    params: tuple[CostTerm, ...]
+    uncounted: tuple[str, ...]
+
+
+def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+    """Record one forward pass of `model` in eval mode and derive its channel groups.
+
+    The model is neither run nor changed: a copy without storage is. A network with parameters that only the
+    training pass uses (auxiliary heads) is recorded in both modes.
+
+    Args:
+        model: any nn.Module; its source needs no edits.
+        example_inputs: the forward's positional inputs, a tensor or a tuple; batch first.
+
+    Raises:
+        TraceError: the forward fails on the example inputs.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    recordings = _recordings(model, inputs)
+    coupling = Coupling()
+    trails = [follow(recording, coupling) for recording in recordings]
+    twin = on_meta(model)
+    while True:
+        channels = _channels(coupling)
+        groups = _groups(coupling, channels, recordings)
+        broken = _probe(twin, groups, channels, recordings, trails, inputs)
+        if broken is None:
+            break
+        coupling.frozen.append(broken)
+    return _graph(model, coupling, channels, groups, recordings, _batch_size(inputs))
+
+
+def _recordings(model: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
+    evaluated = record(on_meta(model).eval(), inputs)
+    if evaluated.error is not None:
+        error = evaluated.error
+        raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
+    used = {ref.index for op in evaluated.ops for ref in op.tensors()}
+    idle = [name for name, _ in model.named_parameters() if evaluated.states[name].index not in used]
+    if not idle:
+        return [evaluated]
+    training = record(on_meta(model).train(), inputs)
+    if training.error is None:
+        return [evaluated, training]
+    log.warning("%s: unused in eval mode, and the training pass fails: %s", idle[0], training.error)
+    return [evaluated]
+
+
+def _batch_size(inputs: tuple[Any, ...]) -> int:
+    return next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 1), 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Channels:
+    """Connected atoms: `of[atom]` is the channel's number, `group[channel]` its group or -1, `rank` its place there."""
+
+    of: NDArray[np.int64]
+    group: NDArray[np.int64]
+    rank: NDArray[np.int64]
+
+
+def _channels(coupling: Coupling) -> _Channels:
+    """Channels that occupy the same places equally often form one group; frozen ones form none."""
+    size = coupling.num_atoms
+    pairs = [np.stack([a, b]) for a, b in coupling.edges] or [np.zeros((2, 0), np.int64)]
+    left, right = np.concatenate(pairs, axis=1)
+    links = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(size, size))
+    count, of = connected_components(links, directed=False)
+    free = np.ones(count, dtype=bool)
+    for frozen in coupling.frozen:
+        free[of[frozen.atoms]] = False
+    read = np.zeros(size, dtype=bool)
+    for atoms in coupling.read:
+        read[atoms] = True
+    # Random 64-bit marks summed over places: equal sums mean equal places, but for a 2**-64 chance.
+    marks = np.random.default_rng(0).integers(1, 2**63, size=(len(coupling.places), 2), dtype=np.uint64)
+    signature = np.zeros(count, dtype=np.uint64)
+    readers, makers = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    for place_marks, atoms in zip(marks, coupling.places.values(), strict=True):
+        reads = read[atoms]
+        np.add.at(signature, of[atoms], place_marks[reads.astype(np.int64)])
+        readers[of[atoms[reads]]] = True
+        makers[of[atoms[~reads]]] = True
+    free &= readers & makers
+    group = np.full(count, -1, dtype=np.int64)
+    rank = np.zeros(count, dtype=np.int64)
+    _, members, sizes = np.unique(signature[free], return_inverse=True, return_counts=True)
+    group[free] = np.where(sizes[members] > 1, members, -1)  # a single channel can never go
+    for number in np.unique(group[group >= 0]):
+        inside = group == number
+        rank[inside] = np.arange(inside.sum())
+    return _Channels(of.astype(np.int64), group, rank)
+
+
+def _groups(coupling: Coupling, channels: _Channels, recordings: list[Recording]) -> dict[int, ChannelGroup]:
+    """Group number -> group, ordered and named by the first layer that makes its channels."""
+    slots: dict[int, list[Slot]] = {}
+    read = np.zeros(coupling.num_atoms, dtype=bool)
+    for atoms in coupling.read:
+        read[atoms] = True
+    for (tensor, dim), atoms in coupling.places.items():
+        numbers = channels.group[channels.of[atoms]]
+        for number in np.unique(numbers[numbers >= 0]):
+            positions = np.flatnonzero(numbers == number)
+            ranks = channels.rank[channels.of[atoms[positions]]]
+            ordered = positions[np.argsort(ranks, kind="stable")]
+            index = torch.from_numpy(ordered.reshape(int(ranks.max()) + 1, -1))
+            slots.setdefault(int(number), []).append(Slot(tensor, dim, index, bool(read[atoms[positions[0]]])))
+    order = _first_use(recordings)
+    makers = {
+        number: min(_makers(found), key=lambda name: order.get(name, len(order))) for number, found in slots.items()
+    }
+    groups: dict[int, ChannelGroup] = {}
+    taken: dict[str, int] = {}
+    for number in sorted(slots, key=lambda number: order.get(makers[number], len(order))):
+        path = makers[number].rpartition(".")[0] or makers[number]
+        taken[path] = taken.get(path, 0) + 1
+        name = path if taken[path] == 1 else f"{path}#{taken[path]}"
+        groups[number] = ChannelGroup(name, slots[number][0].index.shape[0], tuple(slots[number]))
+    return groups
+
+
+def _makers(slots: Iterable[Slot]) -> list[str]:
+    """Tensors that make a group's channels, weights of layers before per-channel vectors."""
+    names = [slot.tensor for slot in slots if not slot.read]
+    return [name for name in names if name.endswith("weight")] or names
+
+
+def _first_use(recordings: list[Recording]) -> dict[str, int]:
+    when: dict[int, int] = {}
+    for op in recordings[0].ops:
+        for ref in op.tensors():
+            when.setdefault(ref.index, len(when))
+    return {name: when[ref.index] for name, ref in recordings[0].states.items() if ref.index in when}
+
+
+def _probe(
+    twin: nn.Module,
+    groups: dict[int, ChannelGroup],
+    channels: _Channels,
+    recordings: list[Recording],
+    trails: list[list[tuple[Labels, ...]]],
+    inputs: tuple[Any, ...],
+) -> Frozen | None:
+    """Cut a random share of every group and record again: every shape must be the one the coupling predicts.
+
+    This finds what no rule can see: sizes that the user's forward writes as literal numbers.
+    """
+    rng = np.random.default_rng(0)
+    keep = {}
+    alive = np.ones(len(channels.group), dtype=bool)
+    for number, group in groups.items():
+        stay = rng.permutation(group.size) < rng.integers(1, group.size)
+        keep[group] = torch.from_numpy(stay)
+        inside = np.flatnonzero(channels.group == number)
+        alive[inside] = stay[channels.rank[inside]]
+    if not keep:
+        return None
+    try:
+        small = compact(twin, PruningPlan(keep))
+    except PlanError as error:
+        raise TraceError(f"the traced groups cannot be cut: {error}") from error
+    for recording, trail, mode in zip(recordings, trails, (False, True), strict=False):
+        again = record(small.train(mode), inputs)
+        for step, (op, labels) in enumerate(zip(recording.ops, trail, strict=True)):
+            got = again.ops[step] if step < len(again.ops) else None
+            if got is None or got.name != op.name or _shapes(got) != _predicted(op, labels, alive, channels):
+                reason = "the forward fixes a size here"
+                return _blame(recording, trail, step, channels, f"{reason}: {again.error}" if got is None else reason)
+    return None
+
+
+def _shapes(op: Op) -> list[tuple[int, ...]]:
+    return [ref.shape for ref in op.outputs]
+
+
+def _predicted(
+    op: Op, labels: tuple[Labels, ...], alive: NDArray[np.bool_], channels: _Channels
+) -> list[tuple[int, ...]]:
+    def size(dim: int, atoms: Atoms | None) -> int:
+        return dim if atoms is None else int(alive[channels.of[atoms]].sum())
+
+    return [
+        tuple(size(dim, atoms) for dim, atoms in zip(ref.shape, row, strict=True))
+        for ref, row in zip(op.outputs, labels, strict=True)
+    ]
+
+
+def _blame(
+    recording: Recording, trail: list[tuple[Labels, ...]], step: int, channels: _Channels, reason: str
+) -> Frozen:
+    """Lock the channels of the nearest op at or before `step` that carries any."""
+    made = {
+        ref.index: labels
+        for op, row in zip(recording.ops, trail, strict=True)
+        for ref, labels in zip(op.outputs, row, strict=True)
+    }
+    for op, row in zip(recording.ops[step::-1], trail[step::-1], strict=True):
+        rows = [*row, *(made.get(ref.index, ()) for ref in op.tensors())]
+        atoms = [label for labels in rows for label in labels if label is not None]
+        free = [label for label in atoms if (channels.group[channels.of[label]] >= 0).any()]
+        if free:
+            return Frozen(np.concatenate(free), reason, op)
+    raise TraceError(f"the forward behaves differently when cut, before any channel is made: {reason}")
+
+
+def _graph(
+    model: nn.Module,
+    coupling: Coupling,
+    channels: _Channels,
+    groups: dict[int, ChannelGroup],
+    recordings: list[Recording],
+    batch_size: int,
+) -> ChannelGraph:
+    numbers = {number: position for position, number in enumerate(groups)}
+    evaluated = recordings[0]
+    num_calls = sum(op.name in ("convolution", "mm", "addmm") for op in evaluated.ops)
+    calls = coupling.macs[:num_calls]
+    macs = tuple(_term(call, channels, numbers, 1 / batch_size) for call in calls)
+    parameters = dict(model.named_parameters())
+    params = tuple(_term(_numel(name, evaluated.states[name], coupling), channels, numbers, 1.0) for name in parameters)
+    uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors()}
+    return ChannelGraph(
+        model,
+        tuple(groups.values()),
+        _refusals(coupling, channels, calls),
+        macs,
+        params,
+        tuple(sorted(uncounted)),
+    )
+
+
+def _numel(name: str, ref: Ref, coupling: Coupling) -> Product:
+    dims = tuple(coupling.places.get((name, dim), size) for dim, size in enumerate(ref.shape))
+    return Product(name, 1.0, dims)
+
+
+def _term(product: Product, channels: _Channels, numbers: dict[int, int], factor: float) -> CostTerm:
+    sizes = []
+    for dim in product.dims:
+        if isinstance(dim, int):
+            sizes.append((dim, {}))
+            continue
+        found, counts = np.unique(channels.group[channels.of[dim]], return_counts=True)
+        fixed = int(counts[found < 0].sum())
+        per_channel = {
+            numbers[int(group)]: int(count) // int((channels.group == group).sum())
+            for group, count in zip(found, counts, strict=True)
+            if group >= 0
+        }
+        sizes.append((fixed, per_channel))
+    return CostTerm(product.name, product.scale * factor, tuple(sizes))
+
+
+def _refusals(coupling: Coupling, channels: _Channels, calls: list[Product]) -> tuple[Refusal, ...]:
+    """One row per line of the user's code, operator and reason, with the MACs of the layers it locks."""
+    locked: dict[tuple[str, str, str, str], NDArray[np.bool_]] = {}
+    for frozen in coupling.frozen:
+        if frozen.op is not None and len(frozen.atoms) > 0:
+            key = (frozen.op.module, frozen.op.source, frozen.op.name, frozen.reason)
+            channel = locked.setdefault(key, np.zeros(len(channels.group), dtype=bool))
+            channel[channels.of[frozen.atoms]] = True
+    sizes = [
+        call.scale * np.prod([d if isinstance(d, int) else len(d) for d in call.dims], dtype=float) for call in calls
+    ]
+    total = sum(sizes) or 1.0
+    rows = []
+    for key, channel in locked.items():
+        held = [
+            any(not isinstance(dim, int) and channel[channels.of[dim]].any() for dim in call.dims) for call in calls
+        ]
+        share = sum(size for size, hit in zip(sizes, held, strict=True) if hit) / total
+        rows.append(Refusal(*key, macs_share=float(share)))
+    return tuple(sorted(rows, key=lambda row: -row.macs_share))

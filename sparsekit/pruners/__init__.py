@@ -1,0 +1,14 @@
+"""Channel pruning methods, one file each. `PRUNERS[name](**options)` builds one; see `sparsekit.pruner.Pruner`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparsekit.pruner import Pruner
+from sparsekit.pruners.magnitude import Magnitude
+from sparsekit.pruners.random import Random
+
+PRUNERS: dict[str, Callable[..., Pruner]] = {
+    "magnitude": Magnitude,
+    "random": Random,
+}

@@ -1,0 +1,145 @@
+"""Scores + budget -> plan: exact counts per group, then the highest scores of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekit.budget import Budget, Metric
+from sparsekit.cost import Costs, Counts
+from sparsekit.errors import BudgetError, PlanError, nearest
+from sparsekit.graph import ChannelGraph
+from sparsekit.plan import ChannelGroup, PruningPlan
+
+
+def kept_count(size: int, keep_ratio: float, *, round_to: int = 1) -> int:
+    """How many of `size` channels a keep ratio leaves: size - ceil((1 - ratio) size), at least 1.
+
+    With `round_to` the count goes up to the next multiple, at most to `size`.
+    Source: Li et al. 2023 and its predecessors prune min(ceil(p n), n - 1) of n filters.
+
+    >>> [kept_count(16, 0.3), kept_count(16, 0.01), kept_count(10, 0.7), kept_count(64, 0.3, round_to=16)]
+    [4, 1, 7, 32]
+    """
+    # 9 digits undo the float error of 1 - 0.7, which would prune one filter too many.
+    kept = max(1, size - math.ceil(round((1 - keep_ratio) * size, 9)))
+    return min(size, math.ceil(kept / round_to) * round_to)
+
+
+def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[ChannelGroup, int]:
+    """How many channels each group keeps.
+
+    Groups that a keep pattern names get exactly its ratio. The others share one ratio, the largest that meets
+    every limit, and are then filled up one step at a time, largest shortfall first, until nothing more fits.
+
+    Args:
+        graph: what can be cut.
+        budget: limits and keep ratios.
+        round_to: counts are multiples of this, or a group's full size.
+
+    Raises:
+        BudgetError: the limits lie below the floor, which it names; a pattern matches no group.
+    """
+    if round_to < 1:
+        raise BudgetError(f"round_to must be at least 1, got {round_to}")
+    names = [group.name for group in graph.groups]
+    for pattern, _ in budget.keep:
+        if not any(Budget(keep=((pattern, 1.0),)).keep_ratio(name) for name in names):
+            raise BudgetError(f"budget: no channel group matches {pattern!r}{nearest(pattern, names)}")
+    ratios = [budget.keep_ratio(name) for name in names]
+    sizes = [group.size for group in graph.groups]
+    pinned = [None if r is None else kept_count(n, r, round_to=round_to) for n, r in zip(sizes, ratios, strict=True)]
+    costs = Costs(graph)
+    limits = {limit.metric: limit.resolve(costs(limit.metric, costs.dense)) for limit in budget.limits}
+
+    def at(ratio: float) -> Counts:
+        free = [kept_count(size, ratio, round_to=1) // round_to * round_to for size in sizes]
+        least = [min(size, round_to) for size in sizes]
+        whole = [size if ratio >= 1 else max(low, n) for size, low, n in zip(sizes, least, free, strict=True)]
+        return np.array([w if p is None else p for w, p in zip(whole, pinned, strict=True)], dtype=np.int64)
+
+    def fits(counts: Counts) -> bool:
+        return all(costs(metric, counts) <= limit for metric, limit in limits.items())
+
+    if fits(at(1.0)):
+        return dict(zip(graph.groups, at(1.0).tolist(), strict=True))
+    if not fits(at(0.0)):
+        raise BudgetError(_floor(limits, costs, at(0.0)))
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
+    free = [number for number, pin in enumerate(pinned) if pin is None]
+    counts = _fill(at(low), np.array(sizes), low, round_to, free, fits)
+    return dict(zip(graph.groups, counts.tolist(), strict=True))
+
+
+def _fill(
+    counts: Counts,
+    sizes: Counts,
+    ratio: float,
+    round_to: int,
+    free: list[int],
+    fits: Callable[[Counts], bool],
+) -> Counts:
+    """Add steps of `round_to` channels while one still fits, the group furthest below its share first."""
+    counts = counts.copy()
+    open_groups = {number for number in free if counts[number] < sizes[number]}
+    while open_groups:
+        number = min(open_groups, key=lambda g: (counts[g] / sizes[g] - ratio, g))
+        tried = counts.copy()
+        tried[number] = min(sizes[number], tried[number] + round_to)
+        # Costs only grow with counts: what does not fit now never will.
+        if not fits(tried):
+            open_groups.discard(number)
+            continue
+        counts = tried
+        if counts[number] == sizes[number]:
+            open_groups.discard(number)
+    return counts
+
+
+def _floor(limits: Mapping[Metric, float], costs: Costs, least: Counts) -> str:
+    for metric, limit in limits.items():
+        floor = costs(metric, least)
+        if floor > limit:
+            share = floor / costs(metric, costs.dense)
+            return (
+                f"budget {metric.value}<={limit:,.0f} is below the floor of {floor:,.0f} "
+                f"({share:.3f}x of the dense network): every group is down to its last channels"
+            )
+    return "budget: the limits together are below the floor"
+
+
+def keep_top(scores: Mapping[ChannelGroup, Tensor], counts: Mapping[ChannelGroup, int]) -> PruningPlan:
+    """Keep the `counts[group]` highest-scoring channels of every group; ties go to the lower channel number.
+
+    Args:
+        scores: float [C] per group, higher is kept.
+        counts: channels to keep per group; a group that keeps all is left out of the plan.
+
+    Raises:
+        PlanError: scores of the wrong length, or not finite.
+    """
+    keep = {}
+    for group, count in counts.items():
+        if count == group.size:
+            continue
+        score = scores[group]
+        if score.shape != (group.size,) or not score.isfinite().all():
+            raise PlanError(f"group {group.name!r}: scores must be {group.size} finite numbers")
+        order = torch.sort(score, descending=True, stable=True).indices
+        keep[group] = torch.zeros(group.size, dtype=torch.bool)
+        keep[group][order[:count]] = True
+    return PruningPlan(keep)
+
+
+def select(
+    scores: Mapping[ChannelGroup, Tensor], graph: ChannelGraph, budget: Budget, *, round_to: int = 1
+) -> PruningPlan:
+    """`allocate`, then `keep_top`."""
+    return keep_top(scores, allocate(graph, budget, round_to=round_to))
