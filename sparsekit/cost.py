@@ -83,3 +83,8 @@ def num_params(graph: ChannelGraph, kept: Mapping[ChannelGroup, int] | None = No
     """Parameters when groups keep `kept` channels (all where not named)."""
     costs = Costs(graph)
     return round(costs(Metric.NUM_PARAMS, costs.counts(kept or {})))
+
+
+def term_value(term: CostTerm, graph: ChannelGraph) -> int:
+    """One term of a cost when every channel is kept, such as the MACs of one layer."""
+    return round(Cost((term,), len(graph.groups))(Costs(graph).dense))

@@ -86,10 +86,9 @@ class Coupling:
         given = [label for label in labels if label is not None]
         if len(given) < len(labels):
             self.freeze(given, "meets a tensor whose channels are fixed")
-            return None
         for other in given[1:]:
             self.edges.append((given[0], other))
-        return given[0]
+        return given[0] if given else None
 
     def contract(self, left: tuple[Ref, Atoms | None], right: tuple[Ref, Atoms | None]) -> None:
         """Two dimensions are multiplied and summed over; the parameter among them is what reads the channel."""

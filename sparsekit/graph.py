@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,10 +91,16 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         TraceError: the forward fails on the example inputs.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    recordings = _recordings(model, inputs)
+    twin = on_meta(model)
+    recordings = _recordings(twin, inputs)
+    if recordings[0].error is not None:  # the forward needs values, or mixes in tensors that are no parameters
+        twin = copy.deepcopy(model).cpu()
+        recordings = _recordings(twin, inputs)
+    error = recordings[0].error
+    if error is not None:
+        raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
     coupling = Coupling()
     trails = [follow(recording, coupling) for recording in recordings]
-    twin = on_meta(model)
     while True:
         channels = _channels(coupling)
         groups = _groups(coupling, channels, recordings)
@@ -104,16 +111,14 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     return _graph(model, coupling, channels, groups, recordings, _batch_size(inputs))
 
 
-def _recordings(model: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
-    evaluated = record(on_meta(model).eval(), inputs)
-    if evaluated.error is not None:
-        error = evaluated.error
-        raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
+def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
+    """The pass in eval mode, and the one in training mode where that alone uses some parameters."""
+    evaluated = record(twin.eval(), inputs)
     used = {ref.index for op in evaluated.ops for ref in op.tensors()}
-    idle = [name for name, _ in model.named_parameters() if evaluated.states[name].index not in used]
-    if not idle:
+    idle = [name for name, _ in twin.named_parameters() if evaluated.states[name].index not in used]
+    if not idle or evaluated.error is not None:
         return [evaluated]
-    training = record(on_meta(model).train(), inputs)
+    training = record(copy.deepcopy(twin).train(), inputs)
     if training.error is None:
         return [evaluated, training]
     log.warning("%s: unused in eval mode, and the training pass fails: %s", idle[0], training.error)

@@ -19,10 +19,15 @@ Rule = Callable[[Op, Coupling], Sequence[Labels]]
 
 
 def no_rule(op: Op, coupling: Coupling) -> Sequence[Labels]:
-    """Freeze every channel that the op touches."""
+    """Freeze every channel that the op touches; dimensions that keep their size stay known as frozen ones."""
+    touched: dict[tuple[int, int], Atoms] = {}
     for ref in op.tensors():
-        coupling.freeze(coupling.labels(ref), f"no rule for aten::{op.name}")
-    return [(None,) * len(ref.shape) for ref in op.outputs]
+        labels = coupling.labels(ref)
+        coupling.freeze(labels, f"no rule for aten::{op.name}")
+        for dim, (size, label) in enumerate(zip(ref.shape, labels, strict=True)):
+            if label is not None:
+                touched[dim, size] = label
+    return [tuple(touched.get(place) for place in enumerate(ref.shape)) for ref in op.outputs]
 
 
 def elementwise(op: Op, coupling: Coupling) -> Sequence[Labels]:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from sparsekit.pruner import Pruner
 from sparsekit.pruners.magnitude import Magnitude
 from sparsekit.pruners.random import Random
+from sparsekit.pruners.transport import Transport
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {
+    "transport": Transport,
     "magnitude": Magnitude,
     "random": Random,
 }

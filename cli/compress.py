@@ -1,0 +1,85 @@
+"""sparsekit compress: the main job."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsekit.cli.console import err, json_option, out, print_json, progress
+from sparsekit.errors import UsageError
+from sparsekit.pipeline import run
+from sparsekit.recipe import Recipe
+
+
+def _options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """`name=value`, where value is TOML, or a plain word."""
+    options = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--option {text!r}: expected NAME=VALUE")
+        try:
+            options[name.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[name.strip()] = value.strip()
+    return options
+
+
+@click.command()
+@click.option("--model", help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY.")
+@click.option("--weights", help="Trained weights: safetensors or a torch state dict. Without: train first.")
+@click.option("--data", help="digits, fashion-mnist, cifar10, cifar100, imagefolder:PATH or FILE.py:FACTORY.")
+@click.option("--no-data", is_flag=True, help="Run without data: no training, no accuracy.")
+@click.option("--data-root", help="Where torchvision's data sets lie.")
+@click.option("--download/--no-download", default=None, help="May data sets be downloaded.")
+@click.option("--image-size", type=int, help="Side of the input image in pixels.")
+@click.option("--limit", type=int, help="Train on this many images only.")
+@click.option("--batch-size", type=int, help="Images per training batch.")
+@click.option("--method", help="transport, magnitude or random.")
+@click.option("-o", "--option", "options", multiple=True, callback=_options, help="Method option, NAME=VALUE.")
+@click.option("--budget", help="Like 'macs<=0.5x', 'params<=1.2M', 'keep=0.5 and layer1.*=1'.")
+@click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
+@click.option("--dense-epochs", type=int, help="Training of the dense network where no weights are given.")
+@click.option("--dense-lr", type=float, help="Its peak learning rate.")
+@click.option("--epochs", type=int, help="Of the method's training and of fine-tuning, each.")
+@click.option("--lr", type=float, help="Peak learning rate of the method's training.")
+@click.option("--finetune-lr", type=float, help="Peak learning rate of fine-tuning.")
+@click.option("--weight-decay", type=float, help="In all training.")
+@click.option("--label-smoothing", type=float, help="In all training.")
+@click.option("--precision", help="auto, 32-true, bf16-mixed or 16-mixed.")
+@click.option("--threads", type=int, help="Of ONNX Runtime while latency is measured.")
+@click.option("--seed", type=int, help="Of everything drawn.")
+@click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="TOML file; flags override its keys.")
+@click.option("--out", "folder", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the output folder, forget unfinished work.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same recipe.")
+@json_option
+def compress(
+    recipe_path: Path | None, folder: Path, overwrite: bool, resume: bool, as_json: bool, no_data: bool, **flags: Any
+) -> None:
+    """Train or load a network, prune it to a budget, verify and measure the result.
+
+    \b
+    sparsekit compress
+    sparsekit compress --model resnet56 --weights resnet56.safetensors --data imagefolder:cifar10 --epochs 1
+    sparsekit compress --model torchvision:resnet50 --method magnitude --no-data --out out/r50
+    sparsekit compress --recipe out/recipe.toml --out again
+    """
+    recipe = Recipe.from_toml(recipe_path) if recipe_path else Recipe()
+    given = {name: value for name, value in flags.items() if value is not None and value != {}}
+    given |= {"data": "none"} if no_data else {}
+    recipe = Recipe.from_mapping(dataclasses.asdict(recipe) | given, source="flags")
+    with progress() as report_progress:
+        report = run(recipe, folder, overwrite=overwrite, resume=resume, progress=report_progress)
+    if as_json:
+        print_json(report.to_json())
+        return
+    out.print(report.table())
+    out.print(report.headline, highlight=False)
+    for warning in report.warnings:
+        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    out.print(f"{folder}/report.html   {folder}/model.onnx   {folder}/recipe.toml", highlight=False)

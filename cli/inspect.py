@@ -1,0 +1,60 @@
+"""sparsekit inspect: what can be cut, what cannot, and what each layer costs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+from rich.table import Table
+
+from sparsekit.cli.console import json_option, out, print_json
+from sparsekit.cost import num_macs, num_params, term_value
+from sparsekit.graph import trace
+from sparsekit.pipeline import build
+from sparsekit.recipe import Recipe
+
+
+@click.command()
+@click.argument("model")
+@click.option("--weights", help="Trained weights; groups and costs do not depend on them.")
+@click.option("--image-size", type=int, help="Side of the input image in pixels.")
+@json_option
+def inspect(model: str, weights: str | None, image_size: int | None, as_json: bool) -> None:
+    """List channel groups, refusals with their reasons, and MACs and parameters per layer.
+
+    \b
+    sparsekit inspect resnet56
+    sparsekit inspect torchvision:densenet121 --json
+    """
+    recipe = Recipe(model=model, weights=weights, data=None, method="magnitude", image_size=image_size)
+    network, _, inputs = build(recipe)
+    graph = trace(network, inputs)
+    layers = [(term.name, term_value(term, graph)) for term in graph.macs]
+    if as_json:
+        print_json(
+            {
+                "num_macs": num_macs(graph),
+                "num_params": num_params(graph),
+                "groups": [{"name": g.name, "size": g.size, "exact": g.exact} for g in graph.groups],
+                "refusals": [dataclasses.asdict(refusal) for refusal in graph.refusals],
+                "layers": [{"name": name, "num_macs": macs} for name, macs in layers],
+                "uncounted": list(graph.uncounted),
+            }
+        )
+        return
+    table = Table("channel group", "channels", "tensors")
+    for group in graph.groups:
+        table.add_row(group.name, str(group.size), str(len(group.slots)))
+    out.print(table)
+    table = Table("layer", "MACs", "share")
+    total = num_macs(graph)
+    for name, macs in layers:
+        table.add_row(name, f"{macs:,}", f"{macs / total:.1%}")
+    out.print(table)
+    for row in graph.refusals:
+        out.print(
+            f"kept: {row.module} ({row.source}, aten::{row.op}): {row.reason}; {row.macs_share:.1%} of MACs",
+            highlight=False,
+            markup=False,
+        )
+    out.print(f"{total:,} MACs, {num_params(graph):,} parameters, {len(graph.groups)} groups", highlight=False)

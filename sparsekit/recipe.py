@@ -1,0 +1,128 @@
+"""A Recipe says everything that a run depends on; as TOML it repeats the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from sparsekit.errors import DataError, UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One compression run; every key is a flag of `sparsekit compress`.
+
+    Attributes:
+        model: a name in `sparsekit.models`, `torchvision:NAME`, `timm:NAME` or `path/to/file.py:factory`.
+        weights: safetensors or torch state dict of the dense network; without it the dense network is trained.
+        data: data set name, `imagefolder:PATH` or `path/to/file.py:factory`; None runs without data.
+        data_root: where torchvision's data sets lie; None is the cache.
+        download: may data sets be downloaded.
+        image_size: side in pixels; None keeps the data's own (224 without data).
+        limit: train on this many images, the same share of each class; None takes all.
+        batch_size: images per training batch.
+        method: a name in `PRUNERS`.
+        options: the method's own options.
+        budget: see `Budget.parse`.
+        round_to: widths are multiples of this.
+        dense_epochs: training of the dense network where no weights are given.
+        dense_lr: its peak learning rate.
+        epochs: of the method, where it trains, and of fine-tuning, each.
+        lr: peak learning rate of the method's training.
+        finetune_lr: peak learning rate of fine-tuning.
+        weight_decay: everywhere.
+        label_smoothing: everywhere, in [0, 1).
+        precision: see `Schedule.precision`.
+        threads: of ONNX Runtime while latency is measured.
+        seed: of everything drawn.
+    """
+
+    model: str = "digits_resnet"
+    weights: str | None = None
+    data: str | None = "digits"
+    data_root: str | None = None
+    download: bool = True
+    image_size: int | None = None
+    limit: int | None = None
+    batch_size: int = 128
+    method: str = "transport"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: str = "macs<=0.5x"
+    round_to: int = 1
+    dense_epochs: int = 15
+    dense_lr: float = 0.1
+    epochs: int = 10
+    lr: float = 0.1
+    finetune_lr: float = 0.01
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    precision: str = "auto"
+    threads: int = 1
+    seed: int = 0
+
+    def to_toml(self) -> str:
+        """Every key with its value; keys that are None are left out, no data is written as "none"."""
+        values = asdict(self) | {"data": self.data or "none"}
+        return tomli_w.dumps({key: value for key, value in values.items() if value is not None})
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Recipe:
+        """Read what `to_toml` wrote, or any subset of its keys.
+
+        Raises:
+            DataError: no such file, or not TOML.
+            UsageError: an unknown key, or a value of the wrong type.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"recipe {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"recipe {path}: not TOML: {error}") from error
+        return cls.from_mapping(values, source=f"recipe {path}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str) -> Recipe:
+        """A recipe with `values` over the defaults; "none" as data means no data.
+
+        Raises:
+            UsageError: an unknown key, or a value of the wrong type; begins with `source`.
+        """
+        known = {f.name: f.type for f in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                raise UsageError(f"{source}: unknown key {key!r}{nearest(key, list(known))}")
+            if not _fits(value, str(known[key])):
+                raise UsageError(f"{source}: {key} must be {known[key]}, got {value!r}")
+        return cls(**{key: None if key == "data" and value == "none" else value for key, value in values.items()})
+
+    def fingerprint(self, weights: Path | None = None) -> str:
+        """SHA-256 in hex of the recipe and, where given, of the weights file's bytes."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        if weights is not None:
+            with weights.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a TOML value has the type a field's annotation names; an int serves as a float."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "int": (int,),
+        "float": (float, int),
+        "bool": (bool,),
+        "None": (type(None),),
+        "Mapping[str, Any]": (dict,),
+    }
+    names = annotation.split(" | ")
+    return isinstance(value, tuple(kind for name in names for kind in kinds[name])) and (
+        not isinstance(value, bool) or "bool" in names
+    )
