@@ -43,17 +43,18 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Three stages of basic blocks, `width`, 2 and 4 times `width` channels; the last two halve the image.
+    """Stages `layer1`, `layer2`, ... of basic blocks; each after the first doubles the channels and halves the image.
 
     Args:
-        depth: 6n + 2, for n blocks per stage.
+        depth: 2 n num_stages + 2, for n blocks per stage.
         width: channels of the stem and the first stage.
+        num_stages: 3 in the paper; small images take fewer.
         projection: option B shortcuts (1x1 convolution and BatchNorm) instead of option A (zero padding).
         num_classes: outputs.
         in_channels: image channels; images are [N, in_channels, H, W] with H and W at least 4.
 
     Raises:
-        ValueError: a depth that is not 6n + 2.
+        ValueError: a depth of another form.
     """
 
     def __init__(
@@ -61,27 +62,31 @@ class CifarResNet(nn.Module):
         depth: int,
         *,
         width: int = 16,
+        num_stages: int = 3,
         projection: bool = False,
         num_classes: int = 10,
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        num_blocks, remainder = divmod(depth - 2, 6)
+        num_blocks, remainder = divmod(depth - 2, 2 * num_stages)
         if num_blocks < 1 or remainder:
-            raise ValueError(f"resnet depth must be 8, 14, 20, ... (6n + 2), got {depth}")
+            raise ValueError(f"resnet depth with {num_stages} stages must be {2 * num_stages}n + 2, got {depth}")
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = _stage(num_blocks, width, width, stride=1, projection=projection)
-        self.layer2 = _stage(num_blocks, width, 2 * width, stride=2, projection=projection)
-        self.layer3 = _stage(num_blocks, 2 * width, 4 * width, stride=2, projection=projection)
-        self.linear = nn.Linear(4 * width, num_classes)
+        widths = [width * 2**stage for stage in range(num_stages)]
+        self.stages = [f"layer{stage + 1}" for stage in range(num_stages)]
+        for stage, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
+            blocks = _stage(num_blocks, before, after, stride=2 if stage else 1, projection=projection)
+            self.add_module(self.stages[stage], blocks)
+        self.linear = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
+        for stage in self.stages:
+            out = self.get_submodule(stage)(out)
         out = F.adaptive_avg_pool2d(out, 1).flatten(1)
         logits: Tensor = self.linear(out)
         return logits

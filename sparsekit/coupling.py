@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from sparsekit.plan import COUNT
 from sparsekit.record import Op, Recording, Ref
@@ -123,3 +125,45 @@ class Coupling:
         """New atoms, of no parameter yet."""
         self.num_atoms += size
         return np.arange(self.num_atoms - size, self.num_atoms, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Connected atoms: `of[atom]` is the channel's number, `group[channel]` its group or -1, `rank` its place there."""
+
+    of: NDArray[np.int64]
+    group: NDArray[np.int64]
+    rank: NDArray[np.int64]
+
+
+def connect(coupling: Coupling) -> Channels:
+    """Channels that occupy the same places equally often form one group; frozen ones form none."""
+    size = coupling.num_atoms
+    pairs = [np.stack([a, b]) for a, b in coupling.edges] or [np.zeros((2, 0), np.int64)]
+    left, right = np.concatenate(pairs, axis=1)
+    links = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(size, size))
+    count, of = connected_components(links, directed=False)
+    free = np.ones(count, dtype=bool)
+    for frozen in coupling.frozen:
+        free[of[frozen.atoms]] = False
+    read = np.zeros(size, dtype=bool)
+    for atoms in coupling.read:
+        read[atoms] = True
+    # Random 64-bit marks summed over places: equal sums mean equal places, but for a 2**-64 chance.
+    marks = np.random.default_rng(0).integers(1, 2**63, size=(len(coupling.places), 2), dtype=np.uint64)
+    signature = np.zeros(count, dtype=np.uint64)
+    readers, makers = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    for place_marks, atoms in zip(marks, coupling.places.values(), strict=True):
+        reads = read[atoms]
+        np.add.at(signature, of[atoms], place_marks[reads.astype(np.int64)])
+        readers[of[atoms[reads]]] = True
+        makers[of[atoms[~reads]]] = True
+    free &= readers & makers
+    group = np.full(count, -1, dtype=np.int64)
+    rank = np.zeros(count, dtype=np.int64)
+    _, members, sizes = np.unique(signature[free], return_inverse=True, return_counts=True)
+    group[free] = np.where(sizes[members] > 1, members, -1)  # a single channel can never go
+    for number in np.unique(group[group >= 0]):
+        inside = group == number
+        rank[inside] = np.arange(inside.sum())
+    return Channels(of.astype(np.int64), group, rank)

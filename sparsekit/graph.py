@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from sparsekit.compaction import compact
-from sparsekit.coupling import Atoms, Coupling, Frozen, Labels, Product
-from sparsekit.errors import PlanError, TraceError
-from sparsekit.plan import ChannelGroup, PruningPlan, Slot
-from sparsekit.record import Op, Recording, Ref, on_meta, record
+from sparsekit.coupling import Channels, Coupling, Product, connect
+from sparsekit.errors import TraceError
+from sparsekit.plan import ChannelGroup, Slot
+from sparsekit.probe import probe
+from sparsekit.record import Recording, Ref, on_meta, record
 from sparsekit.rules import RULES, follow
 
 log = logging.getLogger(__name__)
@@ -102,9 +100,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     coupling = Coupling()
     trails = [follow(recording, coupling) for recording in recordings]
     while True:
-        channels = _channels(coupling)
+        channels = connect(coupling)
         groups = _groups(coupling, channels, recordings)
-        broken = _probe(twin, groups, channels, recordings, trails, inputs)
+        broken = probe(twin, groups, channels, recordings, trails, inputs)
         if broken is None:
             break
         coupling.frozen.append(broken)
@@ -129,49 +127,7 @@ def _batch_size(inputs: tuple[Any, ...]) -> int:
     return next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 1), 1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Channels:
-    """Connected atoms: `of[atom]` is the channel's number, `group[channel]` its group or -1, `rank` its place there."""
-
-    of: NDArray[np.int64]
-    group: NDArray[np.int64]
-    rank: NDArray[np.int64]
-
-
-def _channels(coupling: Coupling) -> _Channels:
-    """Channels that occupy the same places equally often form one group; frozen ones form none."""
-    size = coupling.num_atoms
-    pairs = [np.stack([a, b]) for a, b in coupling.edges] or [np.zeros((2, 0), np.int64)]
-    left, right = np.concatenate(pairs, axis=1)
-    links = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(size, size))
-    count, of = connected_components(links, directed=False)
-    free = np.ones(count, dtype=bool)
-    for frozen in coupling.frozen:
-        free[of[frozen.atoms]] = False
-    read = np.zeros(size, dtype=bool)
-    for atoms in coupling.read:
-        read[atoms] = True
-    # Random 64-bit marks summed over places: equal sums mean equal places, but for a 2**-64 chance.
-    marks = np.random.default_rng(0).integers(1, 2**63, size=(len(coupling.places), 2), dtype=np.uint64)
-    signature = np.zeros(count, dtype=np.uint64)
-    readers, makers = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
-    for place_marks, atoms in zip(marks, coupling.places.values(), strict=True):
-        reads = read[atoms]
-        np.add.at(signature, of[atoms], place_marks[reads.astype(np.int64)])
-        readers[of[atoms[reads]]] = True
-        makers[of[atoms[~reads]]] = True
-    free &= readers & makers
-    group = np.full(count, -1, dtype=np.int64)
-    rank = np.zeros(count, dtype=np.int64)
-    _, members, sizes = np.unique(signature[free], return_inverse=True, return_counts=True)
-    group[free] = np.where(sizes[members] > 1, members, -1)  # a single channel can never go
-    for number in np.unique(group[group >= 0]):
-        inside = group == number
-        rank[inside] = np.arange(inside.sum())
-    return _Channels(of.astype(np.int64), group, rank)
-
-
-def _groups(coupling: Coupling, channels: _Channels, recordings: list[Recording]) -> dict[int, ChannelGroup]:
+def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording]) -> dict[int, ChannelGroup]:
     """Group number -> group, ordered and named by the first layer that makes its channels."""
     slots: dict[int, list[Slot]] = {}
     read = np.zeros(coupling.num_atoms, dtype=bool)
@@ -213,80 +169,10 @@ def _first_use(recordings: list[Recording]) -> dict[str, int]:
     return {name: when[ref.index] for name, ref in recordings[0].states.items() if ref.index in when}
 
 
-def _probe(
-    twin: nn.Module,
-    groups: dict[int, ChannelGroup],
-    channels: _Channels,
-    recordings: list[Recording],
-    trails: list[list[tuple[Labels, ...]]],
-    inputs: tuple[Any, ...],
-) -> Frozen | None:
-    """Cut a random share of every group and record again: every shape must be the one the coupling predicts.
-
-    This finds what no rule can see: sizes that the user's forward writes as literal numbers.
-    """
-    rng = np.random.default_rng(0)
-    keep = {}
-    alive = np.ones(len(channels.group), dtype=bool)
-    for number, group in groups.items():
-        stay = rng.permutation(group.size) < rng.integers(1, group.size)
-        keep[group] = torch.from_numpy(stay)
-        inside = np.flatnonzero(channels.group == number)
-        alive[inside] = stay[channels.rank[inside]]
-    if not keep:
-        return None
-    try:
-        small = compact(twin, PruningPlan(keep))
-    except PlanError as error:
-        raise TraceError(f"the traced groups cannot be cut: {error}") from error
-    for recording, trail, mode in zip(recordings, trails, (False, True), strict=False):
-        again = record(small.train(mode), inputs)
-        for step, (op, labels) in enumerate(zip(recording.ops, trail, strict=True)):
-            got = again.ops[step] if step < len(again.ops) else None
-            if got is None or got.name != op.name or _shapes(got) != _predicted(op, labels, alive, channels):
-                reason = "the forward fixes a size here"
-                return _blame(recording, trail, step, channels, f"{reason}: {again.error}" if got is None else reason)
-    return None
-
-
-def _shapes(op: Op) -> list[tuple[int, ...]]:
-    return [ref.shape for ref in op.outputs]
-
-
-def _predicted(
-    op: Op, labels: tuple[Labels, ...], alive: NDArray[np.bool_], channels: _Channels
-) -> list[tuple[int, ...]]:
-    def size(dim: int, atoms: Atoms | None) -> int:
-        return dim if atoms is None else int(alive[channels.of[atoms]].sum())
-
-    return [
-        tuple(size(dim, atoms) for dim, atoms in zip(ref.shape, row, strict=True))
-        for ref, row in zip(op.outputs, labels, strict=True)
-    ]
-
-
-def _blame(
-    recording: Recording, trail: list[tuple[Labels, ...]], step: int, channels: _Channels, reason: str
-) -> Frozen:
-    """Lock the channels of the nearest op at or before `step` that carries any."""
-    made = {
-        ref.index: labels
-        for op, row in zip(recording.ops, trail, strict=True)
-        for ref, labels in zip(op.outputs, row, strict=True)
-    }
-    for op, row in zip(recording.ops[step::-1], trail[step::-1], strict=True):
-        rows = [*row, *(made.get(ref.index, ()) for ref in op.tensors())]
-        atoms = [label for labels in rows for label in labels if label is not None]
-        free = [label for label in atoms if (channels.group[channels.of[label]] >= 0).any()]
-        if free:
-            return Frozen(np.concatenate(free), reason, op)
-    raise TraceError(f"the forward behaves differently when cut, before any channel is made: {reason}")
-
-
 def _graph(
     model: nn.Module,
     coupling: Coupling,
-    channels: _Channels,
+    channels: Channels,
     groups: dict[int, ChannelGroup],
     recordings: list[Recording],
     batch_size: int,
@@ -314,8 +200,8 @@ def _numel(name: str, ref: Ref, coupling: Coupling) -> Product:
     return Product(name, 1.0, dims)
 
 
-def _term(product: Product, channels: _Channels, numbers: dict[int, int], factor: float) -> CostTerm:
-    sizes = []
+def _term(product: Product, channels: Channels, numbers: dict[int, int], factor: float) -> CostTerm:
+    sizes: list[tuple[int, dict[int, int]]] = []
     for dim in product.dims:
         if isinstance(dim, int):
             sizes.append((dim, {}))
@@ -331,7 +217,7 @@ def _term(product: Product, channels: _Channels, numbers: dict[int, int], factor
     return CostTerm(product.name, product.scale * factor, tuple(sizes))
 
 
-def _refusals(coupling: Coupling, channels: _Channels, calls: list[Product]) -> tuple[Refusal, ...]:
+def _refusals(coupling: Coupling, channels: Channels, calls: list[Product]) -> tuple[Refusal, ...]:
     """One row per line of the user's code, operator and reason, with the MACs of the layers it locks."""
     locked: dict[tuple[str, str, str, str], NDArray[np.bool_]] = {}
     for frozen in coupling.frozen:

@@ -85,7 +85,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def _mismatches(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    problems = [f"{key!r} is missing" for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    problems = [
+        f"{key!r} is missing" for key in expected if key not in state and not key.endswith("num_batches_tracked")
+    ]
     problems += [f"{key!r} is not in the network" for key in state if key not in expected]
     problems += [
         f"{key!r} is {list(state[key].shape)}, the network's is {list(value.shape)}"

@@ -26,11 +26,12 @@ from sparsekit.artifact import Artifact
 from sparsekit.budget import Budget
 from sparsekit.compaction import Certificate, certify, compact
 from sparsekit.cost import num_macs
-from sparsekit.data import image_task, load_images, load_task
+from sparsekit.data import image_task, load_task
 from sparsekit.environment import Environment
 from sparsekit.errors import PlanError, UsageError, nearest
 from sparsekit.export import export_onnx
 from sparsekit.graph import ChannelGraph, trace
+from sparsekit.images import load_images
 from sparsekit.latency import LatencyComparison, measure_latency, width_warning
 from sparsekit.networks import build_network, load_weights
 from sparsekit.plan import PruningPlan
@@ -153,9 +154,7 @@ def run(
         shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(parents=True)
         (work_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    artifact = compress(
-        model, recipe, task, example_inputs=example_inputs, work_dir=work_dir, progress=progress
-    )
+    artifact = compress(model, recipe, task, example_inputs=example_inputs, work_dir=work_dir, progress=progress)
     artifact.save(out, overwrite=overwrite)
     shutil.rmtree(work_dir)
     return artifact.report

@@ -56,9 +56,9 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: str = "macs<=0.5x"
     round_to: int = 1
-    dense_epochs: int = 15
+    dense_epochs: int = 12
     dense_lr: float = 0.1
-    epochs: int = 10
+    epochs: int = 6
     lr: float = 0.1
     finetune_lr: float = 0.01
     weight_decay: float = 5e-4

@@ -39,6 +39,7 @@ class Op:
         args: argument name -> value, defaults filled in, tensors as `Ref`.
         outputs: the tensors it returned.
         module: path of the innermost module that ran it.
+        attributes: that module's integer attributes, such as `groups`.
         source: "file.py:147", the first line outside torch on the call stack.
     """
 
@@ -46,6 +47,7 @@ class Op:
     args: dict[str, Any]
     outputs: tuple[Ref, ...]
     module: str
+    attributes: dict[str, int]
     source: str
 
     def tensors(self) -> list[Ref]:
@@ -105,8 +107,8 @@ def _plain(output: object) -> object:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, stack: list[str]) -> None:
-        super().__init__()
+    def __init__(self, stack: list[tuple[str, nn.Module]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self._stack = stack
         self._refs: dict[int, Ref] = {}
@@ -126,11 +128,13 @@ class _Recorder(TorchDispatchMode):
         bound = {argument.name: argument.default_value for argument in func._schema.arguments}
         bound |= dict(zip(bound, args, strict=False)) | (kwargs or {})
         outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        path, module = self._stack[-1]
         op = Op(
             name=func._schema.name.removeprefix("aten::"),
             args=tree_map_only(Tensor, self.ref, bound),
             outputs=tuple(self.ref(leaf) for leaf in outputs),
-            module=self._stack[-1],
+            module=path,
+            attributes={name: value for name, value in vars(module).items() if type(value) is int},
             source=_source(sys._getframe(1)),
         )
         self.ops.append(op)
@@ -138,13 +142,14 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def _module_stack(model: nn.Module) -> Iterator[list[str]]:
-    """Paths of the modules now running, innermost last, kept by global hooks so that the model is not touched."""
+def _module_stack(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
+    """The modules now running and their paths, innermost last, kept by global hooks so that the model is not touched."""
     paths = {id(module): path for path, module in model.named_modules()}
-    stack = [""]
+    stack = [("", model)]
 
     def enter(module: nn.Module, _: Any) -> None:
-        stack.append(paths.get(id(module), stack[-1]))
+        path = paths.get(id(module))
+        stack.append(stack[-1] if path is None else (path, module))
 
     def leave(*_: Any) -> None:
         stack.pop()

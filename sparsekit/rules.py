@@ -95,6 +95,9 @@ def _grouped(op: Op, coupling: Coupling, x: Atoms | None, w_out: Atoms | None, w
     if x is None or w_out is None:
         coupling.freeze([x, w_out, w_in], "a grouped convolution meets fixed channels")
         return None
+    if op.attributes.get("groups") != num_conv_groups:
+        coupling.freeze([x, w_out, w_in], "the number of convolution groups is not an attribute of the module")
+        return w_out
     x_groups, out_groups = x.reshape(num_conv_groups, -1), w_out.reshape(num_conv_groups, -1)
     if num_conv_groups >= x_groups.shape[1]:
         count = coupling.attribute(f"{op.module}.groups", num_conv_groups)

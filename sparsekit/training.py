@@ -11,6 +11,7 @@ optimiser's state before it, and these are what a checkpoint holds.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -178,38 +179,56 @@ def _check(model: nn.Module, schedule: Schedule, stage: str) -> None:
 
 def _open_fabric(model: nn.Module, task: Task, precision: str) -> Fabric:
     """One device, or this process's place in the group that a launcher started."""
-    # Imported late: Lightning takes over a second to import, and inspecting or exporting a network needs none of it.
-    try:
-        package = import_module("lightning_fabric")
-    except ModuleNotFoundError:
-        package = import_module("lightning.fabric")
-    if precision == "auto":
-        precision = "32-true"
-        if torch.cuda.is_available() and os.environ.get("LT_ACCELERATOR") != "cpu":  # set by `fabric run`
-            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            precision = "bf16-mixed" if bfloat16 else "16-mixed"
     place: dict[str, Any] = {"devices": 1}
-    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun, which `fabric run` uses
-        num_local = int(os.environ["LOCAL_WORLD_SIZE"])
-        # Each process keeps its own BatchNorm statistics, averaged after the epoch: all data count then, not only
-        # rank 0's. Idle weights must be announced, and torch complains on stderr where they are without being.
-        strategy = package.strategies.DDPStrategy(
-            broadcast_buffers=False, find_unused_parameters=_has_idle_weights(model, task)
-        )
-        place = {"devices": num_local, "num_nodes": int(os.environ["WORLD_SIZE"]) // num_local, "strategy": strategy}
-    # Its INFO lines ("Using bfloat16 ...", "Tensor Cores ...") tell our users nothing they can act on.
-    logger = logging.getLogger(package.__name__)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        fabric: Fabric = package.Fabric(precision=precision, **place)
-        if "LT_CLI_USED" not in os.environ:  # `fabric run` has launched already
-            fabric.launch()
-    except ValueError as error:
-        raise UsageError(f"training: {error}") from error
-    finally:
-        logger.setLevel(level)
+    with _without_info():
+        # Imported late: Lightning takes over a second, and inspecting or exporting a network needs none of it.
+        try:
+            package = import_module("lightning_fabric")
+        except ModuleNotFoundError:
+            package = import_module("lightning.fabric")
+        if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun, which `fabric run` uses
+            num_local = int(os.environ["LOCAL_WORLD_SIZE"])
+            place = {"devices": num_local, "num_nodes": int(os.environ["WORLD_SIZE"]) // num_local}
+            # Each process keeps its own BatchNorm statistics, averaged after the epoch: all data count then, not
+            # only rank 0's. Idle weights must be announced, and torch complains where they are without need.
+            place["strategy"] = package.strategies.DDPStrategy(
+                broadcast_buffers=False, find_unused_parameters=_has_idle_weights(model, task)
+            )
+            if not torch.distributed.is_initialized():
+                atexit.register(_leave_group)
+        try:
+            fabric: Fabric = package.Fabric(precision=_resolve(precision), **place)
+            if "LT_CLI_USED" not in os.environ:  # `fabric run` has launched already
+                fabric.launch()
+        except ValueError as error:  # flags of `fabric run` that contradict the schedule
+            raise UsageError(f"training: {error}") from error
     return fabric
+
+
+def _resolve(precision: str) -> str:
+    """Mixed precision for "auto" where there is a GPU and `fabric run` was not told to leave it alone."""
+    if precision != "auto":
+        return precision
+    if not torch.cuda.is_available() or os.environ.get("LT_ACCELERATOR") == "cpu":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+@contextmanager
+def _without_info() -> Iterator[None]:
+    """Fabric logs lines like "Using bfloat16 ..." that tell our users nothing they can act on."""
+    previous = logging.root.manager.disable
+    logging.disable(max(previous, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+def _leave_group() -> None:
+    """At exit; without it every third gloo process of a finished run aborted ("terminate called ...")."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _has_idle_weights(model: nn.Module, task: Task) -> bool:

@@ -24,7 +24,8 @@ class SigmoidNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.sigmoid(self.a(x))
         x = torch.nn.functional.avg_pool2d(torch.sigmoid(self.b(x)), 2)
-        return self.head(x.flatten(1))
+        logits: Tensor = self.head(x.flatten(1))
+        return logits
 
 
 def _torchvision(name: str, **options: bool) -> Callable[[], nn.Module]:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparsekit.data import ImageData, image_task, load_images, load_task
+from sparsekit.data import image_task, load_task
 from sparsekit.errors import DataError, UsageError
 from sparsekit.factory import load_factory
+from sparsekit.images import ImageData, load_images
 from sparsekit.task import Record, Schedule, Task
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,15 +22,16 @@ from tests.networks import make
 class Net(nn.Module):
     """conv a (8) -> `middle` -> conv b; subclasses say what happens in between."""
 
-    def __init__(self, *, width: int = 8) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor] = torch.clone, *, width: int = 8) -> None:
         super().__init__()
+        self.function = function
         self.a = nn.Conv2d(3, 8, 3, padding=1)
         self.b = nn.Conv2d(width, 4, 1)
 
     def middle(self, x: Tensor) -> Tensor:
-        return x
+        return self.function(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.b(self.middle(self.a(x)))
 
 
@@ -62,7 +66,7 @@ def test_an_op_without_a_rule_freezes_only_what_it_touches_and_is_named() -> Non
             self.c = nn.Conv2d(4, 6, 1)
             self.d = nn.Conv2d(6, 2, 1)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             x = torch.cumsum(self.a(x), dim=1)
             return self.d(self.c(self.b(x)))
 
@@ -89,13 +93,14 @@ def test_an_op_without_a_rule_freezes_only_what_it_touches_and_is_named() -> Non
         (lambda x: x - x.mean(1, keepdim=True), "mean runs over the channels"),
         (lambda x: x.softmax(1), "_softmax normalises across the channels"),
         (lambda x: F.avg_pool2d(x.permute(0, 2, 3, 1), 1).permute(0, 3, 1, 2), "avg_pool2d runs over the channels"),
-        (lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2), "no rule for aten::native_layer_norm"),
+        (
+            lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
+            "no rule for aten::native_layer_norm",
+        ),
     ],
 )
-def test_what_cannot_be_cut_is_kept_with_its_reason(middle: object, reason: str) -> None:
-    network = Net()
-    network.middle = middle  # type: ignore[method-assign,assignment]
-    graph = trace(network, X)
+def test_what_cannot_be_cut_is_kept_with_its_reason(middle: Callable[[Tensor], Tensor], reason: str) -> None:
+    graph = trace(Net(middle), X)
     assert groups(graph) == {}
     assert any(reason in refusal.reason for refusal in graph.refusals), graph.refusals
 
@@ -115,10 +120,8 @@ def test_what_cannot_be_cut_is_kept_with_its_reason(middle: object, reason: str)
         lambda x: F.adaptive_avg_pool2d(x, 1).expand(-1, -1, 8, 8),
     ],
 )
-def test_what_only_moves_or_bends_channels_is_cut_exactly(middle: object) -> None:
-    network = Net()
-    network.middle = middle  # type: ignore[method-assign,assignment]
-    graph = trace(network, X)
+def test_what_only_moves_or_bends_channels_is_cut_exactly(middle: Callable[[Tensor], Tensor]) -> None:
+    graph = trace(Net(middle), X)
     assert groups(graph) == {"a": 8}, graph.refusals
     assert_cuts_exactly(graph)
 
@@ -130,7 +133,7 @@ def test_concatenated_layers_stay_groups_of_their_own() -> None:
             self.c = nn.Conv2d(3, 5, 1)
             self.norm = nn.BatchNorm2d(13)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.b(self.norm(torch.cat([self.a(x), self.c(x)], dim=1)))
 
     graph = trace(Cat().eval(), X)
@@ -162,21 +165,35 @@ def test_grouped_convolutions_are_cut_where_most_channels_can_be_chosen(
             self.g = nn.Conv2d(8, 8, 3, padding=1, groups=num_conv_groups)
 
         def middle(self, x: Tensor) -> Tensor:
-            return self.g(x).relu()
+            return torch.relu(self.g(x))
 
     torch.manual_seed(0)
     graph = trace(Grouped(), X)
-    inner = groups(graph)
-    assert inner["a"] == size
+    assert groups(graph)["a"] == size
     plan = keep_top(
         {g: torch.arange(float(g.size)) for g in graph.groups},
         {g: min(g.size, groups_after if g.name == "a" else g.size) for g in graph.groups},
     )
     small = compact(graph.model, plan)
-    assert small.g.groups == (groups_after if num_conv_groups >= 4 else num_conv_groups)
-    assert small.g.in_channels == small.a.out_channels
+    inner, first = small.get_submodule("g"), small.get_submodule("a")
+    assert inner.groups == (groups_after if num_conv_groups >= 4 else num_conv_groups)
+    assert inner.in_channels == first.out_channels
     assert certify(graph.model, plan, small, (X,)).holds
     assert_cuts_exactly(graph)
+
+
+def test_a_grouped_convolution_whose_groups_are_a_literal_is_kept() -> None:
+    class Functional(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 1, 3, 3))
+
+        def middle(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight, padding=1, groups=8)
+
+    graph = trace(Functional(), X)
+    assert graph.groups == ()
+    assert "groups is not an attribute" in graph.refusals[0].reason
 
 
 def test_option_a_shortcuts_carry_their_channels_and_hold_the_padded_ones() -> None:
@@ -196,7 +213,7 @@ def test_heads_that_run_only_in_training_are_cut_with_their_trunk() -> None:
             super().__init__()
             self.aux = nn.Conv2d(8, 2, 1)
 
-        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor) -> Any:
             x = self.a(x)
             return (self.b(x), self.aux(x)) if self.training else self.b(x)
 
@@ -214,7 +231,7 @@ def test_a_shared_layer_stays_shared_after_cutting() -> None:
             self.twin = nn.Conv2d(8, 8, 1)
 
         def middle(self, x: Tensor) -> Tensor:
-            return self.twin(self.twin(x))
+            return torch.relu(self.twin(self.twin(x)))
 
     torch.manual_seed(0)
     graph = trace(Shared(), X)
@@ -223,7 +240,10 @@ def test_a_shared_layer_stays_shared_after_cutting() -> None:
 
 
 def test_a_network_that_fails_says_so_with_its_own_error() -> None:
-    with pytest.raises(TraceError, match=r"forward fails on the example inputs: RuntimeError: Given groups=1, weight of size \[8, 3, 3, 3\]"):
+    with pytest.raises(
+        TraceError,
+        match=r"forward fails on the example inputs: RuntimeError: Given groups=1, weight of size \[8, 3, 3, 3\]",
+    ):
         trace(Net(), torch.zeros(2, 5, 8, 8))
 
 
@@ -231,7 +251,7 @@ def test_recording_runs_nothing_and_leaves_no_hook_behind() -> None:
     network = Net()
     before = len(torch.nn.modules.module._global_forward_hooks)
     recording = record(on_meta(network), (X,))
-    assert [op.name for op in recording.ops] == ["convolution", "convolution"]
-    assert [op.module for op in recording.ops] == ["a", "b"]
+    assert [op.name for op in recording.ops] == ["convolution", "clone", "convolution"]
+    assert [op.module for op in recording.ops] == ["a", "", "b"]
     assert recording.ops[0].outputs[0] is not recording.ops[1].outputs[0]
     assert len(torch.nn.modules.module._global_forward_hooks) == before

@@ -460,6 +460,7 @@ def test_nothing_to_train_is_an_error_and_no_epochs_is_not() -> None:
     assert fit(model, TASK, Schedule(epochs=0), stage="dense") == []
 
 
-def test_the_terminal_stays_clean(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_stays_clean(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     fit(network(), TASK, replace(SCHEDULE, precision="bf16-mixed"), stage="dense")
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
