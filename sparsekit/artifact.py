@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from sparsekit.compaction import compact
-from sparsekit.errors import DataError, PlanError, UsageError
+from sparsekit.errors import DataError, PlanError, SparsekitError, UsageError
 from sparsekit.plan import PruningPlan
 from sparsekit.recipe import Recipe
 from sparsekit.report import Report
@@ -46,32 +44,33 @@ class Artifact:
 
         Raises:
             UsageError: the folder exists and `overwrite` is not given.
+            SparsekitError: it cannot be written, say on a full disk; an older one is then as it was.
         """
         folder = Path(folder)
         if folder.exists() and not overwrite:
-            raise UsageError(f"{folder}: exists; choose another folder or --overwrite")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            raise UsageError(f"{folder}: exists; choose another folder, or overwrite it")
+        # A link stays one: what it points to is replaced.
+        target = folder.resolve()
         try:
-            self._write(staging)
-            staging.chmod(0o777 & ~_umask())
-            if folder.exists():
-                old = staging.with_name(staging.name + ".old")
-                folder.rename(old)
-                staging.rename(folder)
-                shutil.rmtree(old)
-            else:
-                staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
+                new, old = Path(staging) / "new", Path(staging) / "old"
+                new.mkdir()
+                self._write(new)
+                if target.exists():
+                    target.rename(old)
+                new.rename(target)
+        except OSError as error:
+            raise SparsekitError(f"{folder}: cannot be written: {error.strerror or error}") from error
         return folder
 
     def _write(self, folder: Path) -> None:
         # The cut weights are in weights.safetensors; the plan only has to say what was cut.
         PruningPlan(self.plan.keep).save(folder / "plan.json", folder / "plan.safetensors")
+        # Clones, because safetensors refuses two names for one memory, as tied weights have.
         state = {name: value.contiguous().clone() for name, value in self.model.state_dict().items()}
-        save_file(state, folder / "weights.safetensors")
-        shutil.copyfile(self.onnx_path, folder / "model.onnx")
+        (folder / "weights.safetensors").write_bytes(save(state))
+        (folder / "model.onnx").write_bytes(self.onnx)
         report = json.dumps(self.report.to_json(), indent=1, allow_nan=False)
         (folder / "report.json").write_text(report, encoding="utf-8")
         (folder / "report.html").write_text(self.report.html(), encoding="utf-8")
@@ -92,22 +91,21 @@ def load(folder: Path | str, factory: Callable[[], nn.Module]) -> nn.Module:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such artifact folder")
     try:
-        small = compact(factory(), PruningPlan.load(folder / "plan.json"))
+        plan = PruningPlan.load(folder / "plan.json")
         state = load_file(folder / "weights.safetensors")
     except PlanError as error:
-        raise DataError(f"{folder}: {error}") from error
+        raise DataError(str(error)) from error
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder / 'weights.safetensors'}: {error}") from error
+        raise DataError(f"{folder / 'weights.safetensors'}: missing or damaged: {error}") from error
+    network = factory()
+    if not isinstance(network, nn.Module):
+        raise DataError(f"{folder}: expected the factory to return an nn.Module, got {type(network).__name__}")
     try:
+        small = compact(network, plan)
         small.load_state_dict(state)
+    except PlanError as error:
+        raise DataError(f"{folder}: the factory makes another network: {error}") from error
     except RuntimeError as error:
         reason = str(error).splitlines()[1:2] or [str(error)]
         raise DataError(f"{folder}: the factory makes another network: {reason[0].strip()}") from error
     return small.eval()
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -32,6 +32,7 @@ def load_factory(spec: str) -> Callable[..., Any]:
     try:
         module_spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
+        del sys.modules[module_name]
         raise DataError(f"{path}: cannot be imported: {error}") from error
     factory: Callable[..., Any] | None = vars(module).get(name)
     if not callable(factory):

@@ -6,7 +6,6 @@ import pickle
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -45,6 +44,8 @@ def build_network(name: str, *, num_classes: int = 10, in_channels: int = 3) -> 
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
+    import torchvision  # takes over a second, and most networks do not come from there
+
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise UsageError(f"model 'torchvision:{name}': unknown{nearest(name, names)}")
@@ -105,7 +106,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"weights {path}: damaged or no weights file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"weights {path}: damaged or no weights file: {str(error).partition("\n")[0]}") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(f"weights {path}: expected a state dict of tensors")

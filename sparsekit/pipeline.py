@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor, nn
 
 from sparsekit import training
@@ -26,23 +23,17 @@ from sparsekit.artifact import Artifact
 from sparsekit.budget import Budget
 from sparsekit.compaction import Certificate, certify, compact
 from sparsekit.cost import num_macs
-from sparsekit.data import image_task, load_task
 from sparsekit.environment import Environment
-from sparsekit.errors import PlanError, UsageError, nearest
-from sparsekit.export import export_onnx
+from sparsekit.errors import DataError, PlanError, UsageError
+from sparsekit.export import OnnxFile, export_onnx
 from sparsekit.graph import ChannelGraph, trace
-from sparsekit.images import load_images
-from sparsekit.latency import LatencyComparison, measure_latency, width_warning
-from sparsekit.networks import build_network, load_weights
+from sparsekit.ingredients import Progress, build, build_pruner
+from sparsekit.latency import Latency, LatencyComparison, measure_latency, width_warning
 from sparsekit.plan import PruningPlan
-from sparsekit.pruner import Pruner
-from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
 from sparsekit.report import Measurement, Report, Width
 from sparsekit.selection import allocate
 from sparsekit.task import Record, Schedule, Task
-
-Progress = Callable[[str, int, int, Record], None]  # stage, steps done, steps in all (0: unknown), latest record
 
 
 def compress(
@@ -57,11 +48,11 @@ def compress(
     """Prune, cut, certify, fine-tune, export, verify and measure `model`, which stays as it is.
 
     Args:
-        model: the dense network; trained first when the recipe names no weights and there is a task.
-        recipe: budget, method and schedules; its names of model and data only document the run.
+        model: the trained network.
+        recipe: budget, method and schedules; its names of model, weights and data only document the run.
         task: data and training loop; None for data-free methods, which are then not fine-tuned either.
         example_inputs: one forward's positional inputs, batch first; the task's unless given.
-        work_dir: where checkpoints and ONNX files go; with it an interrupted run continues where it was.
+        work_dir: an existing folder for checkpoints; with it an interrupted run continues where it was.
         progress: called as stages advance.
 
     Raises:
@@ -72,47 +63,10 @@ def compress(
     inputs = example_inputs or (task.example_inputs if task else ())
     if not inputs:
         raise UsageError("compress: without a task, example_inputs must be given")
-    folder = work_dir or Path(tempfile.mkdtemp(prefix="sparsekit-"))
-    stages = _Stages(recipe, folder, progress or (lambda *_: None))
-    task = stages.watch(task)
-    pruner, budget = build_pruner(recipe), Budget.parse(recipe.budget)
-    allocate(trace(model, inputs), budget, round_to=recipe.round_to)  # an impossible budget fails before training
-
-    dense = copy.deepcopy(model).eval()
-    if recipe.weights is None:
-        stages.train(dense, task, "dense", epochs=recipe.dense_epochs, lr=recipe.dense_lr)
-    stages.evaluate(dense, task, "dense")
-    graph = trace(dense, inputs)
-    with stages.timed("prune"):
-        plan = pruner(graph, budget, task)
-    small, certificate = _cut(dense, plan, inputs)
-    stages.evaluate(small, task, "pruned")
-    stages.train(small, task, "finetune", epochs=recipe.epochs, lr=recipe.finetune_lr)
-    stages.evaluate(small, task, "compact")
-
-    with stages.timed("export"):
-        dense_file = export_onnx(dense, inputs, folder / "dense.onnx")
-        file = export_onnx(small, inputs, folder / "model.onnx")
-    certificate = dataclasses.replace(certificate, onnx_max_relative_error=file.max_relative_error)
-    with stages.timed("latency"):
-        timed = measure_latency(
-            [dense_file.path, file.path], threads=recipe.threads, progress=lambda *n: stages.progress("latency", *n, {})
-        )
-    networks = ("dense", dense, graph, dense_file.size_bytes), ("compact", small, trace(small, inputs), file.size_bytes)
-    measured = [
-        Measurement(
-            accuracy=stages.accuracies.get(name),
-            num_params=sum(p.numel() for p in network.parameters()),
-            num_macs=num_macs(graph_),
-            size_bytes=size_bytes,
-            latency_ms=latency.p50_ms,
-            latency_p20_ms=latency.p20_ms,
-            latency_p80_ms=latency.p80_ms,
-        )
-        for (name, network, graph_, size_bytes), latency in zip(networks, timed.latencies, strict=True)
-    ]
-    report = _report(recipe, measured, graph, plan, certificate, timed, stages)
-    return Artifact(small.eval(), plan, file.path, report, recipe)
+    _check_budget(model, recipe, inputs)
+    with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="sparsekit-") as folder:
+        stages = _Stages(recipe, recipe.fingerprint(), Path(folder), progress)
+        return _compress(copy.deepcopy(model).cpu().eval(), recipe, stages.watch(task), inputs, stages)
 
 
 def run(
@@ -123,9 +77,9 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Build what `recipe` names, compress it and save the artifact as folder `out`.
+    """Build what `recipe` names, train it where it names no weights, compress it and save it as folder `out`.
 
-    Unfinished work lies in `<out>.partial` and is removed at the end.
+    Unfinished work lies in `<out>.partial`, which is removed at the end, and on failure while no epoch is complete.
 
     Args:
         recipe: names of model, weights and data, and how to compress.
@@ -139,91 +93,115 @@ def run(
         SparsekitError: whatever the parts raise, before `out` is touched.
     """
     out = Path(out)
-    work_dir = out.with_name(f"{out.name}.partial")
+    work_dir = _work_dir(out, overwrite=overwrite, resume=resume)
+    recipe_hash = recipe.fingerprint(Path(recipe.weights) if recipe.weights else None)
     if out.exists() and resume:
-        _check_same(recipe, out)
-        return Report.from_json(json.loads((out / "report.json").read_text(encoding="utf-8")))
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out}: exists; choose another --out, or --overwrite")
-    if work_dir.exists() and not (overwrite or resume):
-        raise UsageError(f"{work_dir}: holds an interrupted run; --resume continues it, --overwrite starts anew")
-    model, task, example_inputs = build(recipe)
-    if work_dir.exists() and resume:
-        _check_same(recipe, work_dir)
-    else:
-        shutil.rmtree(work_dir, ignore_errors=True)
-        work_dir.mkdir(parents=True)
+        report = _read_report(out)
+        _check_same(recipe, out, report.recipe_hash == recipe_hash)
+        return report
+    model, task, inputs = build(recipe, progress=progress)
+    _check_budget(model, recipe, inputs)
+    hash_file = work_dir / "recipe_hash"  # written last: without it there is nothing to resume
+    if resume and hash_file.exists():
+        _check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash)
+    elif work_dir.exists():
+        shutil.rmtree(work_dir)
+    with _unfinished(work_dir):
         (work_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    artifact = compress(model, recipe, task, example_inputs=example_inputs, work_dir=work_dir, progress=progress)
-    artifact.save(out, overwrite=overwrite)
-    shutil.rmtree(work_dir)
+        hash_file.write_text(recipe_hash, encoding="utf-8")
+        stages = _Stages(recipe, recipe_hash, work_dir, progress)
+        task = stages.watch(task)
+        if recipe.weights is None:
+            stages.train(model, task, "dense", epochs=recipe.dense_epochs, lr=recipe.dense_lr)
+        artifact = _compress(model, recipe, task, inputs, stages)
+        artifact.save(out, overwrite=overwrite)
     return artifact.report
 
 
-def build_pruner(recipe: Recipe) -> Pruner:
-    """The recipe's method, its options set; options of the same name as a recipe key come from there.
-
-    Raises:
-        UsageError: an unknown method or option, or an option of the wrong type.
-    """
-    if recipe.method not in PRUNERS:
-        raise UsageError(f"method {recipe.method!r}: unknown{nearest(recipe.method, list(PRUNERS))}")
-    factory = PRUNERS[recipe.method]
-    parameters = inspect.signature(factory).parameters
-    shared = [field.name for field in dataclasses.fields(Recipe) if field.name in parameters]
-    own = [name for name in parameters if name not in shared]
-    for name, value in recipe.options.items():
-        if name not in own:
-            raise UsageError(f"{recipe.method}: unknown option {name!r}{nearest(name, own)}")
-        kind = type(parameters[name].default)
-        if not isinstance(value, (float, int) if kind is float else kind):
-            raise UsageError(f"{recipe.method}: option {name} must be {kind.__name__}, got {value!r}")
-    return factory(**{name: getattr(recipe, name) for name in shared} | dict(recipe.options))
+def _work_dir(out: Path, *, overwrite: bool, resume: bool) -> Path:
+    """Where unfinished work lies, once it is clear that nothing is in the way of it and of `out`."""
+    if overwrite and resume:
+        raise UsageError("overwrite and resume: choose one")
+    here = Path.cwd()
+    if out.resolve() in (here, *here.parents):
+        raise UsageError(f"{out}: holds the current folder; choose a new one")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file, expected a folder")
+    if out.exists() and not (overwrite or resume):
+        raise UsageError(f"{out}: exists; choose another folder, or --overwrite")
+    work_dir = out.with_name(f"{out.name}.partial")
+    if work_dir.exists() and not (overwrite or resume):
+        raise UsageError(f"{work_dir}: holds an interrupted run; --resume continues it, --overwrite starts anew")
+    return work_dir
 
 
-def build_task(recipe: Recipe) -> tuple[Task | None, dict[str, int]]:
-    """The recipe's task, None without data, and what a network must fit: num_classes and in_channels."""
-    if recipe.data is None:
-        return None, {"num_classes": 1000 if ":" in recipe.model else 10, "in_channels": 3}
-    if ".py:" in recipe.data:
-        task = load_task(recipe.data)
-        return task, {"in_channels": task.example_inputs[0].shape[1]}
-    images = load_images(
-        recipe.data,
-        data_root=Path(recipe.data_root) if recipe.data_root else None,
-        download=recipe.download,
-        image_size=recipe.image_size,
-        seed=recipe.seed,
-    )
-    task = image_task(images, batch_size=recipe.batch_size, seed=recipe.seed, limit=recipe.limit)
-    return task, {"num_classes": images.num_classes, "in_channels": images.train_images.shape[1]}
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[None]:
+    """Make the folder; remove it at the end, or on failure while no epoch is complete that could be continued."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not any(folder.glob("*.ckpt")):
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
-def build(recipe: Recipe) -> tuple[nn.Module, Task | None, tuple[Tensor, ...]]:
-    """The dense network with its weights, the task, and example inputs, from the recipe's names.
-
-    Without data the example is seeded noise of `image_size` pixels (224 for networks named `source:name`, else 32).
-    """
-    build_pruner(recipe)
-    Budget.parse(recipe.budget)
-    task, sizes = build_task(recipe)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = build_network(recipe.model, **sizes)
-        side = recipe.image_size or (224 if ":" in recipe.model else 32)
-        inputs = task.example_inputs if task else (torch.randn(2, sizes["in_channels"], side, side),)
-    if recipe.weights is not None:
-        load_weights(model, Path(recipe.weights))
-    return model, task, inputs
+def _read_report(folder: Path) -> Report:
+    path = folder / "report.json"
+    try:
+        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: exists and holds no report; choose another folder, or --overwrite") from None
+    except ValueError as error:
+        raise DataError(f"{path}: damaged: {error}") from error
 
 
-def _check_same(recipe: Recipe, folder: Path) -> None:
+def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:
     """Refuse to continue the work of another recipe."""
-    then, now = Recipe.from_toml(folder / "recipe.toml"), recipe
+    then = Recipe.from_toml(folder / "recipe.toml")
     for field in dataclasses.fields(Recipe):
-        old, new = getattr(then, field.name), getattr(now, field.name)
+        old, new = getattr(then, field.name), getattr(recipe, field.name)
         if old != new:
             raise UsageError(f"{folder}: was made with {field.name} = {old!r}, now {new!r}; --overwrite starts anew")
+    if not same_hash:
+        raise UsageError(f"{folder}: was made with other contents of {recipe.weights}; --overwrite starts anew")
+
+
+def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...]) -> None:
+    """Fail before any training where the budget cannot be met."""
+    allocate(trace(model, inputs), Budget.parse(recipe.budget), round_to=recipe.round_to)
+
+
+def _compress(
+    dense: nn.Module, recipe: Recipe, task: Task | None, inputs: tuple[Tensor, ...], stages: _Stages
+) -> Artifact:
+    """`compress` of a network that is ours, with checkpoints and ONNX files in the stages' folder."""
+    stages.evaluate(dense, task, "dense")
+    graph = trace(dense, inputs)
+    with stages.timed("prune"):
+        plan = build_pruner(recipe)(graph, Budget.parse(recipe.budget), task)
+    small, certificate = _cut(dense, plan, inputs)
+    stages.evaluate(small, task, "pruned")
+    stages.train(small, task, "finetune", epochs=recipe.epochs, lr=recipe.finetune_lr)
+    stages.evaluate(small, task, "compact")
+    with stages.timed("export"):
+        files = [
+            export_onnx(network, inputs, stages.folder / name)
+            for network, name in ((dense, "dense.onnx"), (small, "model.onnx"))
+        ]
+    with stages.timed("latency"):
+        timed = measure_latency(
+            [file.path for file in files],
+            threads=recipe.threads,
+            progress=lambda *done: stages.progress("latency", *done, {}),
+        )
+    graphs, accuracies = (graph, trace(small, inputs)), (stages.accuracies.get(key) for key in ("dense", "compact"))
+    measured = [_measurement(*parts) for parts in zip(graphs, accuracies, files, timed.latencies, strict=True)]
+    certificate = dataclasses.replace(certificate, onnx_max_relative_error=files[1].max_relative_error)
+    report = _report(recipe, measured, graph, plan, certificate, timed, stages)
+    return Artifact(small.eval(), plan, files[1].path.read_bytes(), report, recipe)
 
 
 def _cut(dense: nn.Module, plan: PruningPlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Certificate]:
@@ -237,6 +215,18 @@ def _cut(dense: nn.Module, plan: PruningPlan, inputs: tuple[Tensor, ...]) -> tup
     return small, certificate
 
 
+def _measurement(graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency) -> Measurement:
+    return Measurement(
+        accuracy=accuracy,
+        num_params=sum(parameter.numel() for parameter in graph.model.parameters()),
+        num_macs=num_macs(graph),
+        size_bytes=file.size_bytes,
+        latency_ms=latency.p50_ms,
+        latency_p20_ms=latency.p20_ms,
+        latency_p80_ms=latency.p80_ms,
+    )
+
+
 def _report(
     recipe: Recipe,
     measured: list[Measurement],
@@ -246,12 +236,15 @@ def _report(
     timed: LatencyComparison,
     stages: _Stages,
 ) -> Report:
-    kept = {group.name: int(keep.sum()) for group, keep in plan.keep.items()}
-    widths = {group.name: kept.get(group.name, group.size) for group in graph.groups}
-    ratio = timed.ratios[0]
+    widths = {group.name: plan.kept.get(group.name, group.size) for group in graph.groups}
+    # The ONNX files lie in a folder that is gone when someone reads this.
+    latencies = tuple(dataclasses.replace(latency, path=Path(latency.path.name)) for latency in timed.latencies)
+    timed, ratio = dataclasses.replace(timed, latencies=latencies), timed.ratios[0]
     warnings = [width_warning(widths)]
-    if ratio.low > 1 / 1.05:
-        warnings.append(f"the small network is not clearly faster: latency ratio {ratio.value:.2f}; try --round-to 16")
+    if ratio.value > 1 / 1.05:
+        warnings.append(f"the small network is not clearly faster: latency ratio {ratio.value:.2f}")
+    if timed.busy:
+        warnings.append("the machine was busy while latency was measured: wall times are upper bounds")
     if graph.uncounted:
         warnings.append(f"MACs leave out ops without a rule: {', '.join(graph.uncounted)}")
     return Report(
@@ -259,7 +252,7 @@ def _report(
         compact=measured[1],
         environment=Environment.collect(),
         recipe=dataclasses.asdict(recipe),
-        recipe_hash=recipe.fingerprint(Path(recipe.weights) if recipe.weights else None),
+        recipe_hash=stages.recipe_hash,
         certificate=certificate.to_json(),
         latency=timed.to_json() | {"ratio": dataclasses.asdict(ratio)},
         widths=tuple(Width(group.name, group.size, widths[group.name]) for group in graph.groups),
@@ -274,13 +267,14 @@ def _report(
 class _Stages:
     """Runs the stages of one compression and keeps what each said: history, accuracies, seconds."""
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, recipe: Recipe, recipe_hash: str, folder: Path, progress: Progress | None) -> None:
+        self.recipe_hash = recipe_hash
+        self.folder = folder
+        self.progress = progress or (lambda *_: None)
         self.history: dict[str, list[Record]] = {}
         self.accuracies: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self._recipe = recipe
-        self._folder = folder
 
     def watch(self, task: Task | None) -> Task | None:
         """The task with a training loop that resumes, reports progress and leaves its history here."""
@@ -288,10 +282,17 @@ class _Stages:
             return None
         fit = task.fit
         if fit is training.fit:
-            fit = partial(training.fit, checkpoint_dir=self._folder, progress=self.progress)
+            fit = partial(training.fit, checkpoint_dir=self.folder, progress=self.progress)
 
-        def recorded(*args: Any, stage: str, **options: Any) -> list[Record]:
-            self.history[stage] = fit(*args, stage=stage, **options)
+        def recorded(
+            model: nn.Module,
+            task: Task,
+            schedule: Schedule,
+            *,
+            stage: str,
+            observe: Callable[[], Record] | None = None,
+        ) -> list[Record]:
+            self.history[stage] = fit(model, task, schedule, stage=stage, observe=observe)
             return self.history[stage]
 
         return dataclasses.replace(task, fit=recorded)

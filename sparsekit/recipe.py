@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,17 @@ from typing import Any
 import tomli_w
 
 from sparsekit.errors import DataError, UsageError, nearest
+
+PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed")
+
+# The least value of a key, and what it must stay below.
+_RANGES = {
+    **dict.fromkeys(("dense_epochs", "epochs", "dense_lr", "lr", "finetune_lr", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("image_size", "round_to", "threads"), (1, math.inf)),
+    **dict.fromkeys(("limit", "batch_size"), (2, math.inf)),
+    "label_smoothing": (0, 1),
+    "seed": (0, 2**63),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class Recipe:
         precision: see `Schedule.precision`.
         threads: of ONNX Runtime while latency is measured.
         seed: of everything drawn.
+
+    Raises:
+        UsageError: a number out of its range, or an unknown precision.
     """
 
     model: str = "digits_resnet"
@@ -67,6 +82,15 @@ class Recipe:
     threads: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for key, (least, end) in _RANGES.items():
+            value = getattr(self, key)
+            if value is not None and not least <= value < end:
+                below = f" and below {end}" if end < math.inf else ""
+                raise UsageError(f"{key} must be at least {least}{below}, got {value}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision {self.precision!r}: unknown{nearest(self.precision, list(PRECISIONS))}")
+
     def to_toml(self) -> str:
         """Every key with its value; keys that are None are left out, no data is written as "none"."""
         values = asdict(self) | {"data": self.data or "none"}
@@ -78,7 +102,7 @@ class Recipe:
 
         Raises:
             DataError: no such file, or not TOML.
-            UsageError: an unknown key, or a value of the wrong type.
+            UsageError: an unknown key, or a value of the wrong type or out of range.
         """
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +117,7 @@ class Recipe:
         """A recipe with `values` over the defaults; "none" as data means no data.
 
         Raises:
-            UsageError: an unknown key, or a value of the wrong type; begins with `source`.
+            UsageError: an unknown key, a value of the wrong type or out of range; begins with `source`.
         """
         known = {f.name: f.type for f in fields(cls)}
         for key, value in values.items():
@@ -101,14 +125,24 @@ class Recipe:
                 raise UsageError(f"{source}: unknown key {key!r}{nearest(key, list(known))}")
             if not _fits(value, str(known[key])):
                 raise UsageError(f"{source}: {key} must be {known[key]}, got {value!r}")
-        return cls(**{key: None if key == "data" and value == "none" else value for key, value in values.items()})
+        try:
+            return cls(**{key: None if key == "data" and value == "none" else value for key, value in values.items()})
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
 
     def fingerprint(self, weights: Path | None = None) -> str:
-        """SHA-256 in hex of the recipe and, where given, of the weights file's bytes."""
+        """SHA-256 in hex of the recipe and, where given, of the weights file's bytes.
+
+        Raises:
+            DataError: the weights file cannot be read.
+        """
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
         if weights is not None:
-            with weights.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            try:
+                with weights.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"weights {weights}: {error.strerror}") from error
         return digest.hexdigest()
 
 

@@ -264,7 +264,9 @@ def _borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+            # clone, not contiguous(): a 1x1 weight counts as laid out either way, and would keep strides that its
+            # gradients do not have
+            parameter.data = parameter.data.clone(memory_format=memory_format)
 
 
 def _optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:

@@ -1,0 +1,90 @@
+"""What a recipe names, as values: pruner, task, network with its weights, example inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.budget import Budget
+from sparsekit.data import image_task, load_task
+from sparsekit.errors import UsageError, nearest
+from sparsekit.images import load_images
+from sparsekit.networks import build_network, load_weights
+from sparsekit.pruner import Pruner
+from sparsekit.pruners import PRUNERS
+from sparsekit.recipe import Recipe
+from sparsekit.task import Record, Task
+
+Progress = Callable[[str, int, int, Record], None]  # stage, steps done, steps in all (0: unknown), latest record
+
+
+def build_pruner(recipe: Recipe) -> Pruner:
+    """The recipe's method, its options set; options of the same name as a recipe key come from there.
+
+    Raises:
+        UsageError: an unknown method or option, or an option of the wrong type.
+    """
+    if recipe.method not in PRUNERS:
+        raise UsageError(f"method {recipe.method!r}: unknown{nearest(recipe.method, list(PRUNERS))}")
+    factory = PRUNERS[recipe.method]
+    parameters = inspect.signature(factory).parameters
+    shared = [field.name for field in dataclasses.fields(Recipe) if field.name in parameters]
+    own = [name for name in parameters if name not in shared]
+    for name, value in recipe.options.items():
+        if name not in own:
+            advice = nearest(name, own) if own else "; it has none"
+            raise UsageError(f"{recipe.method}: unknown option {name!r}{advice}")
+        kind = type(parameters[name].default)
+        right = isinstance(value, (float, int) if kind is float else kind)
+        if not right or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"{recipe.method}: option {name} must be {kind.__name__}, got {value!r}")
+    return factory(**{name: getattr(recipe, name) for name in shared} | dict(recipe.options))
+
+
+def build_task(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Task | None, dict[str, int]]:
+    """The recipe's task, None without data, and what a network must fit: num_classes and in_channels."""
+    if recipe.data is None:
+        return None, {"num_classes": 1000 if ":" in recipe.model else 10, "in_channels": 3}
+    if ".py:" in recipe.data:
+        task = load_task(recipe.data)
+        return task, {"in_channels": task.example_inputs[0].shape[1]}
+    images = load_images(
+        recipe.data,
+        data_root=Path(recipe.data_root) if recipe.data_root else None,
+        download=recipe.download,
+        image_size=recipe.image_size,
+        seed=recipe.seed,
+        progress=partial(_decoding, progress) if progress else None,
+    )
+    task = image_task(images, batch_size=recipe.batch_size, seed=recipe.seed, limit=recipe.limit)
+    return task, {"num_classes": images.num_classes, "in_channels": images.train_images.shape[1]}
+
+
+def build(
+    recipe: Recipe, *, progress: Progress | None = None
+) -> tuple[nn.Module, Task | None, tuple[Tensor, ...]]:
+    """The dense network with its weights, the task, and example inputs, from the recipe's names.
+
+    Without data the example is seeded noise of `image_size` pixels (224 for networks named `source:name`, else 32).
+    """
+    build_pruner(recipe)
+    Budget.parse(recipe.budget)
+    task, sizes = build_task(recipe, progress=progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = build_network(recipe.model, **sizes)
+        side = recipe.image_size or (224 if ":" in recipe.model else 32)
+        inputs = task.example_inputs if task else (torch.randn(2, sizes["in_channels"], side, side),)
+    if recipe.weights is not None:
+        load_weights(model, Path(recipe.weights))
+    return model, task, inputs
+
+
+def _decoding(progress: Progress, done: int, total: int) -> None:
+    progress("decode images", done, total, {})
