@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -21,8 +21,13 @@ def commands() -> None:
     """Turn a trained PyTorch network and a budget into a smaller, verified, measured ONNX file.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 bad usage, 3 quality gate missed, 4 the ONNX file is not the network,
-    5 nothing could be measured, 130 interrupted.
+    sparsekit compress
+    sparsekit compress --help
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 bad usage, 3 quality gate missed,
+    4 the ONNX file is not the network, 5 nothing could be measured,
+    130 interrupted.
     """
 
 
@@ -37,16 +42,15 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.Abort:  # what click makes of Ctrl-C
+        _fail("interrupted; `sparsekit compress` continues with --resume", 130)
     except SparsekitError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; `compress` continues with --resume", 130)
+        reason = error.strerror or str(error)
+        _fail(f"{error.filename}: {reason}" if error.filename else reason, 1)
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _fail(message: str, exit_code: int) -> NoReturn:
     click.echo(f"error: {message}", err=True)
-    # A reader that closed stdout (`| head`) must not turn the exit code into a traceback.
-    sys.stderr.flush()
-    os._exit(exit_code) if exit_code == 130 else sys.exit(exit_code)
+    sys.exit(exit_code)

@@ -5,22 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
-from sparsekit.cli.console import err, json_option, out, print_json, progress
+from sparsekit.cli.console import json_option, out, print_json, progress, warn
 from sparsekit.latency import measure_latency
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Intra-op threads.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--max-seconds", type=float, default=60.0, show_default=True, help="Stop after this long.")
+@click.option("--max-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Stop after this long.")
 @json_option
 def bench(files: tuple[Path, ...], threads: int, batch_size: int, max_seconds: float, as_json: bool) -> None:
-    """Time ONNX files in ONNX Runtime on the CPU; each is compared with the first.
+    """Time ONNX files in ONNX Runtime on the CPU.
 
-    Every file runs in processes of its own, in short bursts in shuffled turns, until the ratio is known to 2.5 %.
+    Each is compared with the first. Every file runs in processes of its own, in short bursts in shuffled turns,
+    until the ratio is known to 2.5 %.
 
     \b
     sparsekit bench dense.onnx out/model.onnx
@@ -36,12 +37,12 @@ def bench(files: tuple[Path, ...], threads: int, batch_size: int, max_seconds: f
     if as_json:
         print_json(result.to_json())
         return
-    table = Table("file", *("p20 ms", "p50 ms", "p80 ms", "CPU ms", "n", "ratio [95 %]"))
+    table = Table(Column("file", overflow="fold"), *("p20 ms", "p50 ms", "p80 ms", "CPU ms", "n", "ratio [95 %]"))
     ratios = ["1", *(f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" for ratio in result.ratios)]
     for latency, ratio in zip(result.latencies, ratios, strict=True):
         times = (latency.p20_ms, latency.p50_ms, latency.p80_ms, latency.cpu_ms)
         table.add_row(str(latency.path), *(f"{ms:.3f}" for ms in times), str(latency.num_samples), ratio)
     out.print(table)
-    out.print(f"{result.runtime}, {threads} thread(s), batch {batch_size}, float32", highlight=False)
+    click.echo(f"{result.runtime}, {threads} thread(s), batch {batch_size}")
     if result.busy:
-        err.print("warning: the machine was busy, wall times are not to be trusted", style="yellow")
+        warn("the machine was busy: wall times are upper bounds")

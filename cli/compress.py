@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sparsekit.cli.console import err, json_option, out, print_json, progress
+from sparsekit.cli.console import json_option, out, print_json, progress, warn
 from sparsekit.errors import UsageError
 from sparsekit.pipeline import run
 from sparsekit.recipe import Recipe
@@ -61,7 +61,10 @@ def _options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 def compress(
     recipe_path: Path | None, folder: Path, overwrite: bool, resume: bool, as_json: bool, no_data: bool, **flags: Any
 ) -> None:
-    """Train or load a network, prune it to a budget, verify and measure the result.
+    """Prune a network to a budget; verify and measure the result.
+
+    Without weights the network is trained first. The result is a folder: the small network's weights and ONNX
+    file, the plan that cut it, a report and the recipe that repeats the run.
 
     \b
     sparsekit compress
@@ -70,8 +73,10 @@ def compress(
     sparsekit compress --recipe out/recipe.toml --out again
     """
     recipe = Recipe.from_toml(recipe_path) if recipe_path else Recipe()
-    given = {name: value for name, value in flags.items() if value is not None and value != {}}
-    given |= {"data": "none"} if no_data else {}
+    if no_data and flags["data"]:
+        raise UsageError(f"--no-data and --data {flags['data']}: choose one")
+    given = {name: value for name, value in flags.items() if value is not None}
+    given |= {"options": {**recipe.options, **flags["options"]}} | ({"data": "none"} if no_data else {})
     recipe = Recipe.from_mapping(dataclasses.asdict(recipe) | given, source="flags")
     with progress() as report_progress:
         report = run(recipe, folder, overwrite=overwrite, resume=resume, progress=report_progress)
@@ -79,7 +84,7 @@ def compress(
         print_json(report.to_json())
         return
     out.print(report.table())
-    out.print(report.headline, highlight=False)
+    click.echo(report.headline)
+    click.echo(f"{folder}/report.html   {folder}/model.onnx   {folder}/recipe.toml")
     for warning in report.warnings:
-        err.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    out.print(f"{folder}/report.html   {folder}/model.onnx   {folder}/recipe.toml", highlight=False)
+        warn(warning)

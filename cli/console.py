@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,20 +10,25 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 
-out = Console()
-err = Console(stderr=True)
+# No markup: file names may hold brackets.
+out = Console(markup=False, highlight=False)
+err = Console(markup=False, highlight=False, stderr=True)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
 def print_json(document: Any) -> None:
     """The only thing on stdout when `--json` is given."""
-    json.dump(document, sys.stdout, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
+    click.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    click.secho(f"warning: {message}", err=True, fg="yellow")
 
 
 @contextmanager
@@ -34,28 +38,28 @@ def progress() -> Iterator[Report]:
         yield _lines()
         return
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<18}"),
-        BarColumn(bar_width=32),
-        TextColumn("{task.fields[note]}"),
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=24),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=err) as bars:
-        tasks: dict[str, Any] = {}
+        rows: dict[str, TaskID] = {}
+
+        def finish() -> None:
+            for row in rows.values():
+                bars.update(row, total=1, completed=1)
 
         def report(stage: str, done: int, total: int, record: Mapping[str, float]) -> None:
-            if stage not in tasks:
-                for task in tasks.values():
-                    finished = bars.tasks[task].total or 1
-                    bars.update(task, total=finished, completed=finished)
-                tasks[stage] = bars.add_task(stage, total=None, note="")
-            bars.update(tasks[stage], total=total or None, completed=done, note=_note(record))
+            if stage not in rows:
+                finish()
+                rows[stage] = bars.add_task(stage, total=None, note="")
+            bars.update(rows[stage], total=total or None, completed=done, note=_note(record))
 
         yield report
-        for task in tasks.values():
-            finished = bars.tasks[task].total or 1
-            bars.update(task, total=finished, completed=finished)
+        finish()
 
 
 def _lines() -> Report:
@@ -65,7 +69,7 @@ def _lines() -> Report:
     def report(stage: str, done: int, total: int, record: Mapping[str, float]) -> None:
         if stage not in seen:
             seen.add(stage)
-            err.print(f"[{time.perf_counter() - start:6.1f} s] {stage}", highlight=False, markup=False)
+            click.echo(f"[{time.perf_counter() - start:6.1f} s] {stage}", err=True)
 
     return report
 

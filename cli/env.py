@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from sparsekit.cli.console import json_option, out, print_json
+from sparsekit.cli.console import json_option, print_json
 from sparsekit.environment import Environment
 
 
@@ -24,4 +24,4 @@ def env(as_json: bool) -> None:
         return
     for name, value in (values | values.pop("packages")).items():
         text = " ".join(value) if isinstance(value, tuple) else value
-        out.print(f"{name:<12} {'-' if text is None else text}", highlight=False)
+        click.echo(f"{name:<12} {'-' if text is None else text}")

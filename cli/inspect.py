@@ -10,23 +10,25 @@ from rich.table import Table
 from sparsekit.cli.console import json_option, out, print_json
 from sparsekit.cost import num_macs, num_params, term_value
 from sparsekit.graph import trace
-from sparsekit.pipeline import build
+from sparsekit.ingredients import build
 from sparsekit.recipe import Recipe
 
 
 @click.command()
 @click.argument("model")
 @click.option("--weights", help="Trained weights; groups and costs do not depend on them.")
-@click.option("--image-size", type=int, help="Side of the input image in pixels.")
+@click.option("--data", help="Data set that says the input's size and the number of classes.")
+@click.option("--image-size", type=int, help="Side of the input image in pixels, without data.")
 @json_option
-def inspect(model: str, weights: str | None, image_size: int | None, as_json: bool) -> None:
-    """List channel groups, refusals with their reasons, and MACs and parameters per layer.
+def inspect(model: str, weights: str | None, data: str | None, image_size: int | None, as_json: bool) -> None:
+    """List channel groups, refusals with reasons, and MACs per layer.
 
     \b
     sparsekit inspect resnet56
+    sparsekit inspect lenet5 --data fashion-mnist
     sparsekit inspect torchvision:densenet121 --json
     """
-    recipe = Recipe(model=model, weights=weights, data=None, method="magnitude", image_size=image_size)
+    recipe = Recipe(model=model, weights=weights, data=data, image_size=image_size)
     network, _, inputs = build(recipe)
     graph = trace(network, inputs)
     layers = [(term.name, term_value(term, graph)) for term in graph.macs]
@@ -52,9 +54,5 @@ def inspect(model: str, weights: str | None, image_size: int | None, as_json: bo
         table.add_row(name, f"{macs:,}", f"{macs / total:.1%}")
     out.print(table)
     for row in graph.refusals:
-        out.print(
-            f"kept: {row.module} ({row.source}, aten::{row.op}): {row.reason}; {row.macs_share:.1%} of MACs",
-            highlight=False,
-            markup=False,
-        )
-    out.print(f"{total:,} MACs, {num_params(graph):,} parameters, {len(graph.groups)} groups", highlight=False)
+        click.echo(f"kept: {row.module} ({row.source}, aten::{row.op}): {row.reason}; {row.macs_share:.1%} of MACs")
+    click.echo(f"{total:,} MACs, {num_params(graph):,} parameters, {len(graph.groups)} groups")

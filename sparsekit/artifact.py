@@ -28,14 +28,14 @@ class Artifact:
     Attributes:
         model: the small network, on the CPU.
         plan: which channels it kept; its own weights are `model`'s.
-        onnx_path: the verified ONNX file, copied by `save`.
+        onnx: the verified ONNX file's bytes.
         report: what was measured.
         recipe: what was asked for.
     """
 
     model: nn.Module
     plan: PruningPlan
-    onnx_path: Path
+    onnx: bytes
     report: Report
     recipe: Recipe
 
@@ -54,12 +54,10 @@ class Artifact:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
-                new, old = Path(staging) / "new", Path(staging) / "old"
+                new = Path(staging) / "new"
                 new.mkdir()
                 self._write(new)
-                if target.exists():
-                    target.rename(old)
-                new.rename(target)
+                _replace(target, new, old=Path(staging) / "old")
         except OSError as error:
             raise SparsekitError(f"{folder}: cannot be written: {error.strerror or error}") from error
         return folder
@@ -75,6 +73,17 @@ class Artifact:
         (folder / "report.json").write_text(report, encoding="utf-8")
         (folder / "report.html").write_text(self.report.html(), encoding="utf-8")
         (folder / "recipe.toml").write_text(self.recipe.to_toml(), encoding="utf-8")
+
+
+def _replace(target: Path, new: Path, *, old: Path) -> None:
+    """Move `new` to where `target` is, and `target`, if there is one, to `old`; or leave both."""
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
 
 
 def load(folder: Path | str, factory: Callable[[], nn.Module]) -> nn.Module:

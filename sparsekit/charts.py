@@ -49,19 +49,20 @@ def share_columns(rows: Sequence[tuple[str, int, int]], *, title: str) -> list[M
     return [share_bars(run, title=f"{title}, {run[0][0]} to {run[-1][0]}") for run in runs]
 
 
-def curves(records: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> list[Markup]:
-    """A line chart over epochs of each name that has a finite number; accuracies are in percent.
+def curves(records: Sequence[Mapping[str, float | None]], names: Sequence[str], *, x: str = "epoch") -> list[Markup]:
+    """A line chart over `x` of each name that has a finite number; accuracies are in percent.
 
-    >>> [str(chart).count("<circle") for chart in curves([{"loss": 2.0}, {"loss": 1.0}], ["loss", "lr"])]
+    >>> rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}]
+    >>> [str(chart).count("<circle") for chart in curves(rows, ["loss", "lr"])]
     [2]
     """
     charts = []
     for name in names:
         factor, unit = (100.0, " (%)") if name.endswith("accuracy") else (1.0, "")
-        values = [(epoch, record.get(name)) for epoch, record in enumerate(records, start=1)]
-        points = [(epoch, factor * y) for epoch, y in values if y is not None and math.isfinite(y)]
+        values = [(record.get(x), record.get(name)) for record in records]
+        points = [(int(at), factor * y) for at, y in values if at is not None and y is not None and math.isfinite(y)]
         if points:
-            charts.append(line_chart(points, title=name.replace("_", " ") + unit, x_label="epoch"))
+            charts.append(line_chart(points, title=name.replace("_", " ") + unit, x_label=x))
     return charts
 
 

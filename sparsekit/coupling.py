@@ -49,6 +49,7 @@ class Coupling:
         self.edges: list[tuple[Atoms, Atoms]] = []
         self.frozen: list[Frozen] = []
         self.read: list[Atoms] = []
+        self.added: list[Atoms] = []  # where outputs of layers are summed element by element
         self.macs: list[Product] = []
         self.num_atoms = 0
         self._labels: dict[int, Labels] = {}

@@ -141,6 +141,9 @@ def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording])
             ordered = positions[np.argsort(ranks, kind="stable")]
             index = torch.from_numpy(ordered.reshape(int(ranks.max()) + 1, -1))
             slots.setdefault(int(number), []).append(Slot(tensor, dim, index, bool(read[atoms[positions[0]]])))
+    added = np.zeros(len(channels.group), dtype=bool)
+    for atoms in coupling.added:
+        added[channels.of[atoms]] = True
     order = _first_use(recordings)
     makers = {
         number: min(_makers(found), key=lambda name: order.get(name, len(order))) for number, found in slots.items()
@@ -151,7 +154,9 @@ def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording])
         path = makers[number].rpartition(".")[0] or makers[number]
         taken[path] = taken.get(path, 0) + 1
         name = path if taken[path] == 1 else f"{path}#{taken[path]}"
-        groups[number] = ChannelGroup(name, slots[number][0].index.shape[0], tuple(slots[number]))
+        residual = bool(added[channels.group == number].any())
+        size = slots[number][0].index.shape[0]
+        groups[number] = ChannelGroup(name, size, tuple(slots[number]), residual=residual)
     return groups
 
 

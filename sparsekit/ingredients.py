@@ -66,9 +66,7 @@ def build_task(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Tas
     return task, {"num_classes": images.num_classes, "in_channels": images.train_images.shape[1]}
 
 
-def build(
-    recipe: Recipe, *, progress: Progress | None = None
-) -> tuple[nn.Module, Task | None, tuple[Tensor, ...]]:
+def build(recipe: Recipe, *, progress: Progress | None = None) -> tuple[nn.Module, Task | None, tuple[Tensor, ...]]:
     """The dense network with its weights, the task, and example inputs, from the recipe's names.
 
     Without data the example is seeded noise of `image_size` pixels (224 for networks named `source:name`, else 32).

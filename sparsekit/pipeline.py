@@ -99,12 +99,13 @@ def run(
         report = _read_report(out)
         _check_same(recipe, out, report.recipe_hash == recipe_hash)
         return report
+    hash_file = work_dir / "recipe_hash"  # written last: without it there is nothing to continue
+    continues = resume and hash_file.exists()
+    if continues:
+        _check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash)
     model, task, inputs = build(recipe, progress=progress)
     _check_budget(model, recipe, inputs)
-    hash_file = work_dir / "recipe_hash"  # written last: without it there is nothing to resume
-    if resume and hash_file.exists():
-        _check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash)
-    elif work_dir.exists():
+    if work_dir.exists() and not continues:
         shutil.rmtree(work_dir)
     with _unfinished(work_dir):
         (work_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
@@ -195,7 +196,7 @@ def _compress(
         timed = measure_latency(
             [file.path for file in files],
             threads=recipe.threads,
-            progress=lambda *done: stages.progress("latency", *done, {}),
+            progress=lambda done, total: stages.progress("latency", done, total, {}),
         )
     graphs, accuracies = (graph, trace(small, inputs)), (stages.accuracies.get(key) for key in ("dense", "compact"))
     measured = [_measurement(*parts) for parts in zip(graphs, accuracies, files, timed.latencies, strict=True)]

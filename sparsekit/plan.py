@@ -49,12 +49,14 @@ class ChannelGroup:
         size: number of channels, C.
         slots: every place the channels occupy.
         exact: zero-masking the `read` slots equals removal (no normalisation across these channels).
+        residual: the outputs of several layers are added up in these channels.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     exact: bool = True
+    residual: bool = False
 
     def __repr__(self) -> str:
         return f"ChannelGroup({self.name!r}, size={self.size}, slots={len(self.slots)}, exact={self.exact})"
@@ -116,6 +118,7 @@ class PruningPlan:
                 "name": group.name,
                 "size": group.size,
                 "exact": group.exact,
+                "residual": group.residual,
                 "keep": keep.nonzero().flatten().tolist(),
                 "slots": [_slot_to_json(slot) for slot in group.slots],
             }
@@ -175,4 +178,4 @@ def _group_from_json(row: dict[str, Any]) -> ChannelGroup:
             stop = cell["start"] + row["size"] * cell["width"]
             index = torch.arange(cell["start"], stop).view(row["size"], cell["width"])
         slots.append(Slot(cell["tensor"], cell["dim"], index, cell["read"]))
-    return ChannelGroup(row["name"], row["size"], tuple(slots), row["exact"])
+    return ChannelGroup(row["name"], row["size"], tuple(slots), row["exact"], row["residual"])

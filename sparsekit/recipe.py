@@ -86,8 +86,7 @@ class Recipe:
         for key, (least, end) in _RANGES.items():
             value = getattr(self, key)
             if value is not None and not least <= value < end:
-                below = f" and below {end}" if end < math.inf else ""
-                raise UsageError(f"{key} must be at least {least}{below}, got {value}")
+                raise UsageError(f"{key} must be in [{least}, {end}), got {value}")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision {self.precision!r}: unknown{nearest(self.precision, list(PRECISIONS))}")
 
@@ -125,8 +124,11 @@ class Recipe:
                 raise UsageError(f"{source}: unknown key {key!r}{nearest(key, list(known))}")
             if not _fits(value, str(known[key])):
                 raise UsageError(f"{source}: {key} must be {known[key]}, got {value!r}")
+        given: dict[str, Any] = {**values}
+        if given.get("data") == "none":
+            given["data"] = None
         try:
-            return cls(**{key: None if key == "data" and value == "none" else value for key, value in values.items()})
+            return cls(**given)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
 

@@ -143,7 +143,7 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def _module_stack(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The modules now running and their paths, innermost last, kept by global hooks so that the model is not touched."""
+    """The modules now running and their paths, innermost last; global hooks leave the model untouched."""
     paths = {id(module): path for path, module in model.named_modules()}
     stack = [("", model)]
 

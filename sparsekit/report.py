@@ -19,7 +19,7 @@ from sparsekit.errors import DataError
 SCHEMA_VERSION = 1
 
 _RATIOS = ("accuracy", "num_params", "num_macs", "size_bytes", "latency_ms")
-_NOT_DRAWN = ("epoch", "lr", "seconds")
+_NOT_DRAWN = ("epoch", "step", "lr", "seconds")
 
 Cell = tuple[str, str]  # what a table cell says, and a detail for smaller print
 History = Mapping[str, Sequence[Mapping[str, float | None]]]
@@ -120,7 +120,10 @@ class Report:
         for name in ("dense", "compact", "ratio"):
             table.add_column(name, justify="right")
         for label, *cells in self.rows():
-            table.add_row(label, *(" ".join(filter(None, cell)) for cell in cells))
+            # The details go below, or 80 columns would not do.
+            detailed = any(detail for _, detail in cells)
+            texts = ["\n".join(filter(None, cell)) for cell in cells]
+            table.add_row(label.replace(" (", "\n(") if detailed else label, *texts)
         return table
 
     def html(self) -> str:
@@ -134,7 +137,9 @@ class Report:
             report=self,
             width_charts=share_columns([(w.layer, w.dense, w.kept) for w in self.widths], title="Kept"),
             curves={stage: curves(rows, _names(rows, masks=False)) for stage, rows in self.history.items()},
-            masks=[chart for rows in self.history.values() for chart in curves(rows, _names(rows, masks=True))],
+            masks=[
+                chart for rows in self.history.values() for chart in curves(rows, _names(rows, masks=True), x="step")
+            ],
             environment=_plain(self.environment),
             recipe=_toml(self.recipe),
         )

@@ -39,6 +39,8 @@ def elementwise(op: Op, coupling: Coupling) -> Sequence[Labels]:
         size = out.shape[-back]
         meeting = [coupling.labels(ref)[-back] for ref in inputs if len(ref.shape) >= back and ref.shape[-back] == size]
         known = any(label is not None for label in meeting)
+        if op.name.startswith("add") and len(meeting) > 1 and not any(coupling.is_static(ref) for ref in inputs):
+            coupling.added += [label for label in meeting if label is not None]
         labels.append(coupling.unite(*meeting) if known and size > 1 else None)
     return [tuple(labels)] * len(op.outputs)
 

@@ -35,6 +35,7 @@ def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[
 
     Groups that a keep pattern names get exactly its ratio. The others share one ratio, the largest that meets
     every limit, and are then filled up one step at a time, largest shortfall first, until nothing more fits.
+    Residual streams stay whole where the other groups can meet the limits alone: every layer of a stage reads them.
 
     Args:
         graph: what can be cut.
@@ -54,27 +55,29 @@ def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[
     sizes = [group.size for group in graph.groups]
     pinned = [None if r is None else kept_count(n, r, round_to=round_to) for n, r in zip(sizes, ratios, strict=True)]
     costs = Costs(graph)
+    free = [number for number, pin in enumerate(pinned) if pin is None]
     limits = {limit.metric: limit.resolve(costs(limit.metric, costs.dense)) for limit in budget.limits}
 
-    def at(ratio: float) -> Counts:
-        free = [kept_count(size, ratio, round_to=1) // round_to * round_to for size in sizes]
-        least = [min(size, round_to) for size in sizes]
-        whole = [size if ratio >= 1 else max(low, n) for size, low, n in zip(sizes, least, free, strict=True)]
-        return np.array([w if p is None else p for w, p in zip(whole, pinned, strict=True)], dtype=np.int64)
+    def at(ratio: float, free: list[int]) -> Counts:
+        counts = [size if pin is None else pin for size, pin in zip(sizes, pinned, strict=True)]
+        for number in free if ratio < 1 else []:
+            whole_steps = kept_count(sizes[number], ratio) // round_to * round_to
+            counts[number] = max(min(sizes[number], round_to), whole_steps)
+        return np.array(counts, dtype=np.int64)
 
     def fits(counts: Counts) -> bool:
         return all(costs(metric, counts) <= limit for metric, limit in limits.items())
 
-    if fits(at(1.0)):
-        return dict(zip(graph.groups, at(1.0).tolist(), strict=True))
-    if not fits(at(0.0)):
-        raise BudgetError(_floor(limits, costs, at(0.0)))
+    inner = [number for number in free if not graph.groups[number].residual]
+    if fits(at(0.0, inner)):
+        free = inner
+    elif not fits(at(0.0, free)):
+        raise BudgetError(_floor(limits, costs, at(0.0, free)))
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(at(middle)) else (low, middle)
-    free = [number for number, pin in enumerate(pinned) if pin is None]
-    counts = _fill(at(low), np.array(sizes), low, round_to, free, fits)
+        low, high = (middle, high) if fits(at(middle, free)) else (low, middle)
+    counts = _fill(at(low, free), np.array(sizes), low, round_to, free, fits)
     return dict(zip(graph.groups, counts.tolist(), strict=True))
 
 

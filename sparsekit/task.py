@@ -42,10 +42,10 @@ class Schedule:
 
 
 class Fit(Protocol):
-    """A training loop: changes `model` in place and returns one record per epoch.
+    """A training loop: changes `model` in place and returns its records, one per epoch and what was observed between.
 
     `stage` names the run ("dense", "prune", "finetune") in checkpoints and progress; `observe`, when given, is
-    called after each epoch and its numbers join that epoch's record.
+    called after each epoch, and within it if the loop likes, and its numbers join the record.
     """
 
     def __call__(

@@ -48,10 +48,11 @@ def test_a_curve_falls_on_the_page_where_its_values_fall() -> None:
 
 def test_a_gap_in_the_records_is_skipped_and_an_empty_series_is_not_drawn() -> None:
     records: list[dict[str, float | None]] = [
-        {"loss": 1.0},
-        {"loss": None, "lr": None},
-        {"loss": float("nan")},
-        {"loss": 0.5},
+        {"epoch": 1, "loss": 1.0},
+        {"epoch": 2, "loss": None, "lr": None},
+        {"epoch": 3, "loss": float("nan")},
+        {"step": 7, "loss": 0.7},
+        {"epoch": 4, "loss": 0.5},
     ]
     (chart,) = curves(records, ["loss", "lr"])
     root = ElementTree.fromstring(chart)

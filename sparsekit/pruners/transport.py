@@ -274,7 +274,7 @@ class Transport:
         round_to: widths are multiples of this, or a group's full size.
     """
 
-    epsilon: float = 1.0
+    epsilon: float = 0.25
     solver: Solver = "sinkhorn"
     epochs: int = 10
     lr: float = 0.1
