@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 
@@ -41,8 +41,7 @@ def progress() -> Iterator[Report]:
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=err) as bars:
@@ -75,5 +74,5 @@ def _lines() -> Report:
 
 
 def _note(record: Mapping[str, float]) -> str:
-    shown = {"loss": "{:.3f}", "train_accuracy": "{:.1%}"}
-    return "  ".join(f"{key.split('_')[-1]} {text.format(record[key])}" for key, text in shown.items() if key in record)
+    shown = {"loss": "loss {:.3f}", "train_accuracy": "training accuracy {:.1%}"}
+    return "  ".join(text.format(record[key]) for key, text in shown.items() if key in record)

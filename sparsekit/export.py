@@ -163,6 +163,8 @@ def _quiet() -> Iterator[None]:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
         # Raised whenever two inputs share the batch dimension, which is what we ask for.
         warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
+        # torch 2.11 warns of what torch itself does.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         yield
 
 

@@ -142,7 +142,9 @@ def _unfinished(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)  # a full disk does not say which file it has no room for
         if not any(folder.glob("*.ckpt")):
             shutil.rmtree(folder)
         raise
@@ -152,11 +154,12 @@ def _unfinished(folder: Path) -> Iterator[None]:
 def _read_report(folder: Path) -> Report:
     path = folder / "report.json"
     try:
-        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{folder}: exists and holds no report; choose another folder, or --overwrite") from None
     except ValueError as error:
         raise DataError(f"{path}: damaged: {error}") from error
+    return Report.from_json(document if isinstance(document, dict) else {})
 
 
 def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:

@@ -74,7 +74,7 @@ class Recipe:
     dense_epochs: int = 12
     dense_lr: float = 0.1
     epochs: int = 6
-    lr: float = 0.1
+    lr: float = 0.01
     finetune_lr: float = 0.01
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0

@@ -299,7 +299,7 @@ def test_equal_masks_are_ranked_by_their_scores(graph: ChannelGraph) -> None:
 def test_padding_is_never_kept_even_where_all_masks_are_zero(graph: ChannelGraph) -> None:
     network = gated(graph)
     network.mask.zero_()
-    network.scores.data.neg_()
+    network.scaled_scores.data.neg_()
     kept = network.top_k()
     assert not (kept & ~network.valid).any()
     assert torch.equal(kept.sum(1), network.keep_counts)
@@ -308,7 +308,7 @@ def test_padding_is_never_kept_even_where_all_masks_are_zero(graph: ChannelGraph
 def test_flips_count_the_channels_swapped_in_since_the_last_report(graph: ChannelGraph) -> None:
     network = gated(graph)
     assert network.measure()["mask_flips"] == 0
-    network.scores.data.neg_()  # the weakest half of 8, 6 and 5 channels takes over: 4 + 3 + 2
+    network.scaled_scores.data.neg_()  # the weakest half of 8, 6 and 5 channels takes over: 4 + 3 + 2
     assert [network.measure()["mask_flips"] for _ in range(2)] == [9, 0]
 
 
@@ -423,3 +423,12 @@ def test_impossible_options_are_refused_by_name() -> None:
         Transport(epsilon=0)
     with pytest.raises(UsageError, match="'exakt'; did you mean exact"):
         Transport(solver="exakt")  # type: ignore[arg-type]
+
+
+def test_scores_move_at_their_own_learning_rate_under_a_common_one(graph: ChannelGraph) -> None:
+    network = gated(graph, lr=0.01, score_lr=0.1)
+    before = network.scores.detach().clone()
+    gradient = torch.arange(float(before.numel())).view_as(before)
+    (network.scores * gradient).sum().backward()
+    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    torch.testing.assert_close(network.scores.detach(), before - 0.1 * gradient)

@@ -16,6 +16,7 @@ Source: Li et al., "Differentiable Transportation Pruning", ICCV 2023, Algorithm
 # G groups, C channels of the widest group; rows of narrower groups are padded and marked in valid_GC
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -169,8 +170,11 @@ class GatedNetwork(nn.Module):
         super().__init__()
         self.network, self.groups, self.method = network, tuple(groups), method
         scores, counts = zip(*groups.values(), strict=True)
-        self.scores = nn.Parameter(pad_sequence([row.detach() for row in scores], batch_first=True))
-        width = self.scores.shape[1]
+        # The loop has one learning rate. Training s / c in place of s is training s at c * c times that rate.
+        self.scale = math.sqrt(method.score_lr / method.lr)
+        padded = pad_sequence([row.detach() for row in scores], batch_first=True)
+        self.scaled_scores = nn.Parameter(padded / self.scale)
+        width = padded.shape[1]
         self.valid = nn.Buffer(torch.arange(width) < torch.tensor([[group.size] for group in groups]))
         self.keep_counts = nn.Buffer(torch.tensor(counts))
         log_plan, potential = initial_plan(self.valid, epsilon=method.epsilon)
@@ -195,6 +199,11 @@ class GatedNetwork(nn.Module):
             shape = [-1 if axis == dim else 1 for axis in range(weight.dim())]
             weights[name] = weight * factor.to(weight.dtype).view(shape)
         return weights
+
+    @property
+    def scores(self) -> Tensor:
+        """Importance of every channel, float [G, C], 0 at padding."""
+        return self.scale * self.scaled_scores
 
     def measure(self) -> Record:
         """Mean m(1 - m), number of channels swapped in since the last call, largest |sum of m - k|."""
@@ -264,27 +273,32 @@ class Transport:
     """Train soft masks and weights together for `epochs`, then keep each group's k largest mask entries.
 
     How many channels each group keeps comes from the budget beforehand; training decides which. SGD with a
-    cosine schedule moves weights and scores alike, weight decay included; scores start as the l2 norms of
-    the filters.
+    cosine schedule moves weights and scores, weight decay included; scores start as the l2 norms of the filters.
+    The paper trains both at 0.1 for 120 epochs. A few epochs at that rate forget what a trained network knows
+    before they relearn it, so the weights' default is lower; the scores need the speed to explore.
 
     Attributes:
         epsilon: strength of the entropy, > 0; larger keeps the masks soft, and the choice open, for longer.
         solver: "sinkhorn", one proximal step per batch, hardens by itself; "exact" solves each batch's masks
             fully and stays as soft as epsilon says: choose it small, say 0.05.
+        score_lr: peak learning rate of the scores, > 0.
+        lr: peak learning rate of the weights, > 0.
         round_to: widths are multiples of this, or a group's full size.
     """
 
     epsilon: float = 0.25
     solver: Solver = "sinkhorn"
+    score_lr: float = 0.1
     epochs: int = 10
-    lr: float = 0.1
+    lr: float = 0.01
     weight_decay: float = 5e-4
     seed: int = 0
     round_to: int = 1
 
     def __post_init__(self) -> None:
-        if self.epsilon <= 0:
-            raise UsageError(f"transport: epsilon must be above 0, got {self.epsilon:g}")
+        for name in ("epsilon", "score_lr", "lr"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"transport: {name} must be above 0, got {getattr(self, name):g}")
         if self.solver not in (solvers := list(get_args(Solver))):
             raise UsageError(f"transport: unknown solver {self.solver!r}{nearest(self.solver, solvers)}")
 
