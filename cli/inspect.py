@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import click
 from rich.table import Table
@@ -21,7 +22,7 @@ from sparsekit.recipe import Recipe
 @click.option("--image-size", type=int, help="Side of the input image in pixels, without data.")
 @json_option
 def inspect(model: str, weights: str | None, data: str | None, image_size: int | None, as_json: bool) -> None:
-    """List channel groups, refusals with reasons, and MACs per layer.
+    """List channel groups, refusals with reasons, MACs and parameters per layer.
 
     \b
     sparsekit inspect resnet56
@@ -31,27 +32,32 @@ def inspect(model: str, weights: str | None, data: str | None, image_size: int |
     recipe = Recipe(model=model, weights=weights, data=data, image_size=image_size)
     network, _, inputs = build(recipe)
     graph = trace(network, inputs)
-    layers = [(term.name, term_value(term, graph)) for term in graph.macs]
+    weights_of: Counter[str] = Counter()
+    for term in graph.params:
+        weights_of[term.name.rpartition(".")[0]] += term_value(term, graph)
+    layers = [(term.name, term_value(term, graph), weights_of[term.name]) for term in graph.macs]
     if as_json:
         print_json(
             {
                 "num_macs": num_macs(graph),
                 "num_params": num_params(graph),
-                "groups": [{"name": g.name, "size": g.size, "exact": g.exact} for g in graph.groups],
+                "groups": [
+                    {"name": g.name, "size": g.size, "exact": g.exact, "residual": g.residual} for g in graph.groups
+                ],
                 "refusals": [dataclasses.asdict(refusal) for refusal in graph.refusals],
-                "layers": [{"name": name, "num_macs": macs} for name, macs in layers],
+                "layers": [{"name": name, "num_macs": macs, "num_params": params} for name, macs, params in layers],
                 "uncounted": list(graph.uncounted),
             }
         )
         return
-    table = Table("channel group", "channels", "tensors")
+    table = Table("channel group", "channels", "tensors", "residual stream")
     for group in graph.groups:
-        table.add_row(group.name, str(group.size), str(len(group.slots)))
+        table.add_row(group.name, str(group.size), str(len(group.slots)), "yes" if group.residual else "")
     out.print(table)
-    table = Table("layer", "MACs", "share")
+    table = Table("layer", "MACs", "share", "parameters")
     total = num_macs(graph)
-    for name, macs in layers:
-        table.add_row(name, f"{macs:,}", f"{macs / total:.1%}")
+    for name, macs, params in layers:
+        table.add_row(name, f"{macs:,}", f"{macs / total:.1%}", f"{params:,}")
     out.print(table)
     for row in graph.refusals:
         click.echo(f"kept: {row.module} ({row.source}, aten::{row.op}): {row.reason}; {row.macs_share:.1%} of MACs")

@@ -85,7 +85,7 @@ def run(
         recipe: names of model, weights and data, and how to compress.
         out: the artifact's folder.
         overwrite: replace `out`, and forget unfinished work.
-        resume: continue unfinished work of the same recipe; a finished `out` is returned as it is.
+        resume: continue unfinished work of the same recipe; without any, a finished `out` is returned as it is.
         progress: as for `compress`.
 
     Raises:
@@ -95,14 +95,14 @@ def run(
     out = Path(out)
     work_dir = _work_dir(out, overwrite=overwrite, resume=resume)
     recipe_hash = recipe.fingerprint(Path(recipe.weights) if recipe.weights else None)
-    if out.exists() and resume:
-        report = _read_report(out)
-        _check_same(recipe, out, report.recipe_hash == recipe_hash)
-        return report
     hash_file = work_dir / "recipe_hash"  # written last: without it there is nothing to continue
     continues = resume and hash_file.exists()
     if continues:
         _check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash)
+    elif resume and out.exists():
+        report = _read_report(out)
+        _check_same(recipe, out, report.recipe_hash == recipe_hash)
+        return report
     model, task, inputs = build(recipe, progress=progress)
     _check_budget(model, recipe, inputs)
     if work_dir.exists() and not continues:
@@ -115,7 +115,8 @@ def run(
         if recipe.weights is None:
             stages.train(model, task, "dense", epochs=recipe.dense_epochs, lr=recipe.dense_lr)
         artifact = _compress(model, recipe, task, inputs, stages)
-        artifact.save(out, overwrite=overwrite)
+        # Unfinished work beside a finished folder was started to replace it.
+        artifact.save(out, overwrite=overwrite or continues)
     return artifact.report
 
 

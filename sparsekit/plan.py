@@ -124,7 +124,8 @@ class PruningPlan:
             }
             for group, keep in self.keep.items()
         ]
-        json_path.write_text(json.dumps({"format": "sparsekit-plan", "version": 1, "groups": groups}))
+        document = {"format": "sparsekit-plan", "version": 1, "groups": groups}
+        json_path.write_text(json.dumps(document), encoding="utf-8")
         tensors = {f"merge/{group.name}": merge for group, merge in self.merge.items()}
         tensors |= {f"nonzero/{name}": mask for name, mask in self.nonzero.items()}
         tensors |= {f"weights/{name}": value for name, value in self.weights.items()}
@@ -139,8 +140,12 @@ class PruningPlan:
             PlanError: a missing or damaged file.
         """
         try:
-            document = json.loads(json_path.read_text())
-            if document.get("format") != "sparsekit-plan" or document.get("version") != 1:
+            document = json.loads(json_path.read_text(encoding="utf-8"))
+            if (
+                not isinstance(document, dict)
+                or document.get("format") != "sparsekit-plan"
+                or document.get("version") != 1
+            ):
                 raise PlanError(f"{json_path}: not a sparsekit plan of version 1")
             groups = [(_group_from_json(row), row) for row in document["groups"]]
             keep = {}
@@ -148,7 +153,15 @@ class PruningPlan:
                 keep[group] = torch.zeros(group.size, dtype=torch.bool)
                 keep[group][row["keep"]] = True
             tensors = load_file(tensors_path) if tensors_path and tensors_path.exists() else {}
-        except (OSError, json.JSONDecodeError, SafetensorError, KeyError, TypeError, IndexError) as error:
+        except (
+            OSError,
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            IndexError,
+        ) as error:
             raise PlanError(f"{json_path}: damaged plan: {type(error).__name__}: {error}") from error
         by_name = {group.name: group for group in keep}
         parts: dict[str, dict[Any, Tensor]] = {"merge": {}, "nonzero": {}, "weights": {}}

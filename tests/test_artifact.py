@@ -219,7 +219,9 @@ def test_a_wrong_factory_is_refused_in_one_line(factory: Callable[[], nn.Module]
 
 
 @pytest.mark.parametrize("name", ["plan.json", "weights.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"{}", bytes(100)], ids=["missing", "empty", "{}", "zeros"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b"[]", b"\xff", bytes(100)], ids=["missing", "empty", "{}", "[]", "bytes", "zeros"]
+)
 def test_a_missing_or_damaged_file_is_named(name: str, content: bytes | None, folder: Path) -> None:
     (folder / name).unlink()
     if content is not None:

@@ -253,7 +253,7 @@ def test_resuming_a_finished_run_prints_its_report_again_and_runs_nothing(
 
 def test_resuming_with_another_recipe_names_the_first_key_that_differs(cli: Cli, out: Path) -> None:
     result = cli("compress", *TINY, "--resume", "--seed", "4", "--lr", "0.3")
-    assert_one_line(result, "out: was made with lr = 0.1, now 0.3", "--overwrite")
+    assert_one_line(result, f"out: was made with lr = {Recipe().lr}, now 0.3", "--overwrite")
 
 
 def test_overwriting_repeats_the_run_from_its_own_recipe_bit_for_bit(cli: Cli, out: Path) -> None:
@@ -361,12 +361,14 @@ def test_inspect_lists_groups_layers_and_refusals(cli: Cli) -> None:
     assert result.code == 0
     document = json.loads(result.out)
     assert document["groups"] == [
-        {"name": "conv1", "size": 8, "exact": True},
-        {"name": "conv2", "size": 16, "exact": True},
+        {"name": "conv1", "size": 8, "exact": True, "residual": False},
+        {"name": "conv2", "size": 16, "exact": True, "residual": False},
     ]
     macs = {"conv1": 8 * 9 * 64, "conv2": 8 * 16 * 9 * 64, "head": 160}
     assert {row["name"]: row["num_macs"] for row in document["layers"]} == macs
     assert document["num_macs"] == sum(macs.values())
+    params = {name: sum(p.numel() for p in module.parameters()) for name, module in tiny.Net().named_children()}
+    assert {row["name"]: row["num_params"] for row in document["layers"]} == {name: params[name] for name in macs}
     assert document["num_params"] == sum(parameter.numel() for parameter in tiny.Net().parameters())
     assert document["refusals"] == document["uncounted"] == []
     text = cli("inspect", NAMES[1], "--data", "digits").out

@@ -292,6 +292,8 @@ class Transport:
     epochs: int = 10
     lr: float = 0.01
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    precision: str = "auto"
     seed: int = 0
     round_to: int = 1
 
@@ -317,6 +319,13 @@ class Transport:
         if not pruned:
             return PruningPlan()
         network = GatedNetwork(deepcopy(graph.model), pruned, method=self)
-        schedule = Schedule(epochs=self.epochs, lr=self.lr, weight_decay=self.weight_decay, seed=self.seed)
+        schedule = Schedule(
+            epochs=self.epochs,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            precision=self.precision,
+            seed=self.seed,
+        )
         task.fit(network, task, schedule, stage="prune", observe=network.measure)
         return network.plan()
