@@ -16,8 +16,9 @@ from sparsekit.errors import UsageError
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot
 from sparsekit.pruner import channel_norms
-from sparsekit.pruners.transport import GatedNetwork, Solver, Transport, exact_mask, initial_plan, sinkhorn_step
+from sparsekit.pruners.transport import GatedNetwork, Solver, Transport
 from sparsekit.selection import allocate
+from sparsekit.soft_topk import exact_mask, initial_plan, sinkhorn_step
 from sparsekit.task import Batch, Record, Schedule, Task
 
 
