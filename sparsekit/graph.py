@@ -78,8 +78,8 @@ class ChannelGraph:
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """Record one forward pass of `model` in eval mode and derive its channel groups.
 
-    The model is neither run nor changed: a copy without storage is. A network with parameters that only the
-    training pass uses (auxiliary heads) is recorded in both modes.
+    The model is neither run nor changed: a copy without storage is, or a real one where the forward needs values. A
+    network with parameters that only the training pass uses (auxiliary heads) is recorded in both modes.
 
     Args:
         model: any nn.Module; its source needs no edits.
@@ -98,7 +98,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     if error is not None:
         raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
     coupling = Coupling()
-    trails = [follow(recording, coupling) for recording in recordings]
+    trails = [follow(recordings[0], coupling)]
+    calls = tuple(coupling.macs)  # of the eval pass: what only training runs costs nothing at inference
+    trails += [follow(recording, coupling) for recording in recordings[1:]]
     while True:
         channels = connect(coupling)
         groups = _groups(coupling, channels, recordings)
@@ -106,7 +108,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         if broken is None:
             break
         coupling.frozen.append(broken)
-    return _graph(model, coupling, channels, groups, recordings, _batch_size(inputs))
+    return _graph(model, coupling, channels, groups, recordings[0], calls, _batch_size(inputs))
 
 
 def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
@@ -179,13 +181,11 @@ def _graph(
     coupling: Coupling,
     channels: Channels,
     groups: dict[int, ChannelGroup],
-    recordings: list[Recording],
+    evaluated: Recording,
+    calls: tuple[Product, ...],
     batch_size: int,
 ) -> ChannelGraph:
     numbers = {number: position for position, number in enumerate(groups)}
-    evaluated = recordings[0]
-    num_calls = sum(op.name in ("convolution", "mm", "addmm") for op in evaluated.ops)
-    calls = coupling.macs[:num_calls]
     macs = tuple(_term(call, channels, numbers, 1 / batch_size) for call in calls)
     parameters = dict(model.named_parameters())
     params = tuple(_term(_numel(name, evaluated.states[name], coupling), channels, numbers, 1.0) for name in parameters)
@@ -222,7 +222,7 @@ def _term(product: Product, channels: Channels, numbers: dict[int, int], factor:
     return CostTerm(product.name, product.scale * factor, tuple(sizes))
 
 
-def _refusals(coupling: Coupling, channels: Channels, calls: list[Product]) -> tuple[Refusal, ...]:
+def _refusals(coupling: Coupling, channels: Channels, calls: tuple[Product, ...]) -> tuple[Refusal, ...]:
     """One row per line of the user's code, operator and reason, with the MACs of the layers it locks."""
     locked: dict[tuple[str, str, str, str], NDArray[np.bool_]] = {}
     for frozen in coupling.frozen:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +18,7 @@ from sparsekit.networks import build_network, load_weights
 from sparsekit.pruner import Pruner
 from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
-from sparsekit.task import Record, Task
-
-Progress = Callable[[str, int, int, Record], None]  # stage, steps done, steps in all (0: unknown), latest record
+from sparsekit.task import Progress, Task
 
 
 def build_pruner(recipe: Recipe) -> Pruner:

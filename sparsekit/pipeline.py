@@ -27,13 +27,13 @@ from sparsekit.environment import Environment
 from sparsekit.errors import DataError, PlanError, UsageError
 from sparsekit.export import OnnxFile, export_onnx
 from sparsekit.graph import ChannelGraph, trace
-from sparsekit.ingredients import Progress, build, build_pruner
+from sparsekit.ingredients import build, build_pruner
 from sparsekit.latency import Latency, LatencyComparison, measure_latency, width_warning
 from sparsekit.plan import PruningPlan
 from sparsekit.recipe import Recipe
 from sparsekit.report import Measurement, Report, Width
 from sparsekit.selection import allocate
-from sparsekit.task import Record, Schedule, Task
+from sparsekit.task import Progress, Record, Schedule, Task
 
 
 def compress(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]  # inputs [N, ...] float, targets [N]
 Record = dict[str, float]  # what one epoch measured: epoch, loss, lr, seconds and whatever the stage observes
+Progress = Callable[[str, int, int, Record], None]  # stage, steps done, steps in all (0: unknown), latest record
 
 
 @dataclass(frozen=True)

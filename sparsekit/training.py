@@ -29,7 +29,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from sparsekit import checkpoint
 from sparsekit.errors import DataError, QualityError, UsageError, nearest
 from sparsekit.fabric import FirstOutput, open_fabric, seeded
-from sparsekit.task import Batch, Record, Schedule, Task
+from sparsekit.task import Batch, Progress, Record, Schedule, Task
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -42,8 +42,6 @@ _CHOICES = {
 }
 _OBSERVATIONS = 20  # per epoch: masks harden within the first one
 _STEPS_PER_CHECK = 50  # looking at a loss makes the CPU wait for the GPU, so it is done for many at a time
-
-Progress = Callable[[str, int, int, Record], None]
 
 
 def fit(

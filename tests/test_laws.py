@@ -164,6 +164,24 @@ def test_two_methods_and_two_norms_choose_different_channels() -> None:
     assert not any(torch.equal(a, b) for a, b in [(chosen[0], chosen[1]), (chosen[0], chosen[2])])
 
 
+class Scaled(nn.Module):
+    """Two outputs: the input, and the input times `factor`."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([factor]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x * self.factor
+
+
+@pytest.mark.parametrize(("factor", "other"), [(1e-12, 2e-12), (1.0, float("nan")), (0.0, 1e-30)])
+def test_a_certificate_sees_a_wrong_output_beside_a_right_one(factor: float, other: float) -> None:
+    x = torch.ones(2, 3)
+    assert certify(Scaled(factor), PruningPlan(), Scaled(factor), (x,)).holds
+    assert not certify(Scaled(factor), PruningPlan(), Scaled(other), (x,)).holds
+
+
 def test_a_plan_for_another_network_is_refused_by_name() -> None:
     graph, _ = traced("resnet20")
     other, _ = make("lenet5")
