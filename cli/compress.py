@@ -43,6 +43,7 @@ def _options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option("-o", "--option", "options", multiple=True, callback=_options, help="Method option, NAME=VALUE.")
 @click.option("--budget", help="Like 'macs<=0.5x', 'params<=1.2M', 'keep=0.5 and layer1.*=1'.")
 @click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
+@click.option("--renormalise/--no-renormalise", default=None, help="Also prune channels that LayerNorm runs over.")
 @click.option("--dense-epochs", type=int, help="Training of the dense network where no weights are given.")
 @click.option("--dense-lr", type=float, help="Its peak learning rate.")
 @click.option("--epochs", type=int, help="Of the method's training and of fine-tuning, each.")

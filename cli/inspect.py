@@ -20,9 +20,15 @@ from sparsekit.recipe import Recipe
 @click.option("--weights", help="Trained weights; groups and costs do not depend on them.")
 @click.option("--data", help="Data set that says the input's size and the number of classes.")
 @click.option("--image-size", type=int, help="Side of the input image in pixels, without data.")
+@click.option("--renormalise", is_flag=True, help="Also list channels that LayerNorm and its like run over.")
 @json_option
-def inspect(model: str, weights: str | None, data: str | None, image_size: int | None, as_json: bool) -> None:
+def inspect(
+    model: str, weights: str | None, data: str | None, image_size: int | None, renormalise: bool, as_json: bool
+) -> None:
     """List channel groups, refusals with reasons, MACs and parameters per layer.
+
+    A group is cut exactly unless it is re-normalised: then what is left is normalised anew. A group whose number the
+    forward fixes is cut in a recorded program instead of the network's own class.
 
     \b
     sparsekit inspect resnet56
@@ -31,7 +37,7 @@ def inspect(model: str, weights: str | None, data: str | None, image_size: int |
     """
     recipe = Recipe(model=model, weights=weights, data=data, image_size=image_size)
     network, _, inputs = build(recipe)
-    graph = trace(network, inputs)
+    graph = trace(network, inputs, renormalise=renormalise)
     weights_of: Counter[str] = Counter()
     for term in graph.params:
         weights_of[term.name.rpartition(".")[0]] += term_value(term, graph)
@@ -42,7 +48,14 @@ def inspect(model: str, weights: str | None, data: str | None, image_size: int |
                 "num_macs": num_macs(graph),
                 "num_params": num_params(graph),
                 "groups": [
-                    {"name": g.name, "size": g.size, "exact": g.exact, "residual": g.residual} for g in graph.groups
+                    {
+                        "name": g.name,
+                        "size": g.size,
+                        "exact": g.exact,
+                        "residual": g.residual,
+                        "fixed_by": g.fixed_by,
+                    }
+                    for g in graph.groups
                 ],
                 "refusals": [dataclasses.asdict(refusal) for refusal in graph.refusals],
                 "layers": [{"name": name, "num_macs": macs, "num_params": params} for name, macs, params in layers],
@@ -50,9 +63,10 @@ def inspect(model: str, weights: str | None, data: str | None, image_size: int |
             }
         )
         return
-    table = Table("channel group", "channels", "tensors", "residual stream")
+    table = Table("channel group", "channels", "tensors", "residual stream", "re-normalised", "fixed by the forward")
     for group in graph.groups:
-        table.add_row(group.name, str(group.size), str(len(group.slots)), "yes" if group.residual else "")
+        flags = ("yes" if flag else "" for flag in (group.residual, not group.exact))
+        table.add_row(group.name, str(group.size), str(len(group.slots)), *flags, group.fixed_by)
     out.print(table)
     table = Table("layer", "MACs", "share", "parameters")
     total = num_macs(graph)

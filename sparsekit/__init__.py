@@ -2,7 +2,7 @@
 
 from sparsekit.artifact import Artifact, load
 from sparsekit.budget import Budget
-from sparsekit.compaction import certify, compact, mask
+from sparsekit.compaction import certify, compact
 from sparsekit.errors import SparsekitError
 from sparsekit.export import export_onnx
 from sparsekit.graph import ChannelGraph, trace
@@ -12,6 +12,7 @@ from sparsekit.pipeline import compress
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
+from sparsekit.surgery import mask
 from sparsekit.task import Task
 from sparsekit.training import fit
 

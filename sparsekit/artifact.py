@@ -10,14 +10,16 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.compaction import compact
 from sparsekit.errors import DataError, PlanError, SparsekitError, UsageError
 from sparsekit.plan import PruningPlan
+from sparsekit.program import Program
 from sparsekit.recipe import Recipe
 from sparsekit.report import Report
 
+# And program.json, where the network is a recorded program.
 FILES = ("plan.json", "weights.safetensors", "model.onnx", "report.json", "report.html", "recipe.toml")
 
 
@@ -63,6 +65,8 @@ class Artifact:
         return folder
 
     def _write(self, folder: Path) -> None:
+        if isinstance(self.model, Program):
+            (folder / "program.json").write_text(json.dumps(self.model.to_json()), encoding="utf-8")
         # The cut weights are in weights.safetensors; the plan only has to say what was cut.
         PruningPlan(self.plan.keep).save(folder / "plan.json", folder / "plan.safetensors")
         # Clones, because safetensors refuses two names for one memory, as tied weights have.
@@ -86,8 +90,10 @@ def _replace(target: Path, new: Path, *, old: Path) -> None:
             old.rename(target)
 
 
-def load(folder: Path | str, factory: Callable[[], nn.Module]) -> nn.Module:
-    """The small network of a saved artifact, in eval mode: the user's own class, cut, with its weights. No pickle.
+def load(folder: Path | str, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The small network of a saved artifact, in eval mode, with its weights: the user's own class, cut. No pickle.
+
+    Where the user's forward fixed the sizes, it is a `Program`, which needs no factory.
 
     Args:
         folder: what `Artifact.save` wrote.
@@ -95,6 +101,7 @@ def load(folder: Path | str, factory: Callable[[], nn.Module]) -> nn.Module:
 
     Raises:
         DataError: a file is missing or damaged, or `factory` makes another network than the one that was cut.
+        UsageError: no factory, and the artifact is not a program.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,6 +113,11 @@ def load(folder: Path | str, factory: Callable[[], nn.Module]) -> nn.Module:
         raise DataError(str(error)) from error
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder / 'weights.safetensors'}: missing or damaged: {error}") from error
+    program = folder / "program.json"
+    if program.exists():
+        return _load_program(program, state)
+    if factory is None:
+        raise UsageError(f"{folder}: holds a cut network of the user's own class; give its factory")
     network = factory()
     if not isinstance(network, nn.Module):
         raise DataError(f"{folder}: expected the factory to return an nn.Module, got {type(network).__name__}")
@@ -118,3 +130,10 @@ def load(folder: Path | str, factory: Callable[[], nn.Module]) -> nn.Module:
         reason = str(error).splitlines()[1:2] or [str(error)]
         raise DataError(f"{folder}: the factory makes another network: {reason[0].strip()}") from error
     return small.eval()
+
+
+def _load_program(path: Path, state: dict[str, Tensor]) -> Program:
+    try:
+        return Program.from_json(json.loads(path.read_text(encoding="utf-8")), state)
+    except (OSError, ValueError, DataError) as error:
+        raise DataError(f"{path}: {error}") from error

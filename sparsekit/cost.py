@@ -25,21 +25,24 @@ class Cost:
     def __init__(self, terms: tuple[CostTerm, ...], num_groups: int) -> None:
         self._scale = np.array([term.scale for term in terms])
         self._num_sizes = max((len(term.sizes) for term in terms), default=1)
-        fixed = np.ones((len(terms), self._num_sizes))
+        products: dict[tuple[int, ...], int] = {(): 0}  # group numbers -> its column
         rows, columns, values = [], [], []
         for number, term in enumerate(terms):
-            for position, (constant, per_channel) in enumerate(term.sizes):
-                fixed[number, position] = constant
-                for group, count in per_channel.items():
+            for position in range(self._num_sizes):
+                size = term.sizes[position] if position < len(term.sizes) else {(): 1.0}
+                for groups, per_channel in size.items():
                     rows.append(number * self._num_sizes + position)
-                    columns.append(group)
-                    values.append(count)
-        self._fixed = fixed.ravel()
-        self._per_channel = csr_array((values, (rows, columns)), shape=(fixed.size, num_groups))
+                    columns.append(products.setdefault(groups, len(products)))
+                    values.append(per_channel)
+        width = max(map(len, products))
+        # A product of fewer groups is padded with one more count, which is always 1.
+        self._groups = np.array([[*groups, *[num_groups] * (width - len(groups))] for groups in products], dtype=np.int64)
+        shape = (len(terms) * self._num_sizes, len(products))
+        self._per_channel = csr_array((values, (rows, columns)), shape=shape)
 
     def __call__(self, counts: Counts) -> float:
         """The metric when group g keeps `counts[g]` channels."""
-        sizes = self._fixed + self._per_channel @ counts
+        sizes = self._per_channel @ np.append(counts, 1)[self._groups].prod(axis=1)
         return float(self._scale @ sizes.reshape(-1, self._num_sizes).prod(axis=1))
 
 
@@ -57,7 +60,7 @@ class Costs:
     @cached_property
     def _costs(self) -> dict[Metric, Cost]:
         num_groups = len(self._graph.groups)
-        channels = (CostTerm("channels", 1.0, ((0, {g: 1}),)) for g in range(num_groups))
+        channels = (CostTerm("channels", 1.0, ({(g,): 1.0},)) for g in range(num_groups))
         return {
             Metric.NUM_MACS: Cost(self._graph.macs, num_groups),
             Metric.NUM_PARAMS: Cost(self._graph.params, num_groups),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from torch import nn
 
-from sparsekit.coupling import Channels, Coupling, Product, connect
-from sparsekit.errors import TraceError
-from sparsekit.plan import ChannelGroup, Slot
-from sparsekit.probe import probe
-from sparsekit.record import Recording, Ref, on_meta, record
-from sparsekit.rules import RULES, follow
-
-log = logging.getLogger(__name__)
+from sparsekit.channels import Channels
+from sparsekit.coupling import Coupling, Label, Product
+from sparsekit.plan import ChannelGroup
+from sparsekit.record import Ref, check_inputs
+from sparsekit.rules import RULES
+from sparsekit.survey import Survey, survey
 
 
 @dataclass(frozen=True)
@@ -42,16 +39,20 @@ class Refusal:
     macs_share: float
 
 
+Size = dict[tuple[int, ...], float]
+
+
 @dataclass(frozen=True, eq=False)
 class CostTerm:
     """`scale` times the product of sizes that follow the number of channels kept.
 
-    Each size is `fixed + sum(count[g] * per_channel[g])` over group numbers g.
+    A size is a sum: group numbers -> positions per channel of each. `{(): 3, (0,): 4}` is 3 + 4 count[0], and
+    `{(1, 2): 3}` is 3 count[1] count[2], as in packed queries, keys and values of heads x head dims.
     """
 
     name: str
     scale: float
-    sizes: tuple[tuple[int, dict[int, int]], ...]
+    sizes: tuple[Size, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class ChannelGraph:
     uncounted: tuple[str, ...]
 
 
-def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Any, *, renormalise: bool = False) -> ChannelGraph:
     """Record one forward pass of `model` in eval mode and derive its channel groups.
 
     The model is neither run nor changed: a copy without storage is, or a real one where the forward needs values. A
@@ -84,120 +85,31 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Args:
         model: any nn.Module; its source needs no edits.
         example_inputs: the forward's positional inputs, a tensor or a tuple; batch first.
+        renormalise: also offer channels that a LayerNorm, a softmax or a mean runs over, as groups with
+            `exact=False`: what is left of them is normalised anew.
 
     Raises:
         TraceError: the forward fails on the example inputs.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    twin = on_meta(model)
-    recordings = _recordings(twin, inputs)
-    if recordings[0].error is not None:  # the forward needs values, or mixes in tensors that are no parameters
-        twin = copy.deepcopy(model).cpu()
-        recordings = _recordings(twin, inputs)
-    error = recordings[0].error
-    if error is not None:
-        raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
-    coupling = Coupling()
-    trails = [follow(recordings[0], coupling)]
-    calls = tuple(coupling.macs)  # of the eval pass: what only training runs costs nothing at inference
-    trails += [follow(recording, coupling) for recording in recordings[1:]]
-    while True:
-        channels = connect(coupling)
-        groups = _groups(coupling, channels, recordings)
-        broken = probe(twin, groups, channels, recordings, trails, inputs)
-        if broken is None:
-            break
-        coupling.frozen.append(broken)
-    return _graph(model, coupling, channels, groups, recordings[0], calls, _batch_size(inputs))
-
-
-def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
-    """The pass in eval mode, and the one in training mode where that alone uses some parameters."""
-    evaluated = record(twin.eval(), inputs)
-    used = {ref.index for op in evaluated.ops for ref in op.tensors()}
-    idle = [name for name, _ in twin.named_parameters() if evaluated.states[name].index not in used]
-    if not idle or evaluated.error is not None:
-        return [evaluated]
-    training = record(copy.deepcopy(twin).train(), inputs)
-    if training.error is None:
-        return [evaluated, training]
-    log.warning("%s: unused in eval mode, and the training pass fails: %s", idle[0], training.error)
-    return [evaluated]
+    check_inputs(model, inputs)
+    found = survey(model, inputs, renormalise=renormalise)
+    return _graph(model, found, _batch_size(inputs))
 
 
 def _batch_size(inputs: tuple[Any, ...]) -> int:
     return next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 1), 1)
 
 
-def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording]) -> dict[int, ChannelGroup]:
-    """Group number -> group, ordered and named by the first layer that makes its channels."""
-    slots: dict[int, list[Slot]] = {}
-    read = np.zeros(coupling.num_atoms, dtype=bool)
-    for atoms in coupling.read:
-        read[atoms] = True
-    for (tensor, dim), atoms in coupling.places.items():
-        numbers = channels.group[channels.of[atoms]]
-        for number in np.unique(numbers[numbers >= 0]):
-            positions = np.flatnonzero(numbers == number)
-            ranks = channels.rank[channels.of[atoms[positions]]]
-            ordered = positions[np.argsort(ranks, kind="stable")]
-            index = torch.from_numpy(ordered.reshape(int(ranks.max()) + 1, -1))
-            slots.setdefault(int(number), []).append(Slot(tensor, dim, index, bool(read[atoms[positions[0]]])))
-    added = np.zeros(len(channels.group), dtype=bool)
-    for atoms in coupling.added:
-        added[channels.of[atoms]] = True
-    order = _first_use(recordings)
-    makers = {
-        number: min(_makers(found), key=lambda name: order.get(name, len(order))) for number, found in slots.items()
-    }
-    groups: dict[int, ChannelGroup] = {}
-    taken: dict[str, int] = {}
-    for number in sorted(slots, key=lambda number: order.get(makers[number], len(order))):
-        path = makers[number].rpartition(".")[0] or makers[number]
-        taken[path] = taken.get(path, 0) + 1
-        name = path if taken[path] == 1 else f"{path}#{taken[path]}"
-        residual = bool(added[channels.group == number].any())
-        size = slots[number][0].index.shape[0]
-        groups[number] = ChannelGroup(name, size, tuple(slots[number]), residual=residual)
-    return groups
-
-
-def _makers(slots: Iterable[Slot]) -> list[str]:
-    """Tensors that make a group's channels, weights of layers before per-channel vectors."""
-    names = [slot.tensor for slot in slots if not slot.read]
-    return [name for name in names if name.endswith("weight")] or names
-
-
-def _first_use(recordings: list[Recording]) -> dict[str, int]:
-    when: dict[int, int] = {}
-    for op in recordings[0].ops:
-        for ref in op.tensors():
-            when.setdefault(ref.index, len(when))
-    return {name: when[ref.index] for name, ref in recordings[0].states.items() if ref.index in when}
-
-
-def _graph(
-    model: nn.Module,
-    coupling: Coupling,
-    channels: Channels,
-    groups: dict[int, ChannelGroup],
-    evaluated: Recording,
-    calls: tuple[Product, ...],
-    batch_size: int,
-) -> ChannelGraph:
-    numbers = {number: position for position, number in enumerate(groups)}
-    macs = tuple(_term(call, channels, numbers, 1 / batch_size) for call in calls)
-    parameters = dict(model.named_parameters())
-    params = tuple(_term(_numel(name, evaluated.states[name], coupling), channels, numbers, 1.0) for name in parameters)
+def _graph(model: nn.Module, found: Survey, batch_size: int) -> ChannelGraph:
+    coupling, channels, groups, calls = found.coupling, found.channels, found.groups, found.calls
+    evaluated = found.recordings[0]
+    sizes = _Sizes(channels, groups)
+    macs = tuple(sizes.term(call, 1 / batch_size) for call in calls)
+    params = tuple(sizes.term(_numel(name, evaluated.states[name], coupling), 1.0) for name, _ in found.twin.named_parameters())
     uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors()}
-    return ChannelGraph(
-        model,
-        tuple(groups.values()),
-        _refusals(coupling, channels, calls),
-        macs,
-        params,
-        tuple(sorted(uncounted)),
-    )
+    refusals = _refusals(coupling, channels, calls)
+    return ChannelGraph(model, tuple(groups.values()), refusals, macs, params, tuple(sorted(uncounted)))
 
 
 def _numel(name: str, ref: Ref, coupling: Coupling) -> Product:
@@ -205,40 +117,72 @@ def _numel(name: str, ref: Ref, coupling: Coupling) -> Product:
     return Product(name, 1.0, dims)
 
 
-def _term(product: Product, channels: Channels, numbers: dict[int, int], factor: float) -> CostTerm:
-    sizes: list[tuple[int, dict[int, int]]] = []
-    for dim in product.dims:
-        if isinstance(dim, int):
-            sizes.append((dim, {}))
-            continue
-        found, counts = np.unique(channels.group[channels.of[dim]], return_counts=True)
-        fixed = int(counts[found < 0].sum())
-        per_channel = {
-            numbers[int(group)]: int(count) // int((channels.group == group).sum())
-            for group, count in zip(found, counts, strict=True)
-            if group >= 0
-        }
-        sizes.append((fixed, per_channel))
-    return CostTerm(product.name, product.scale * factor, tuple(sizes))
+class _Sizes:
+    """Turns products of labels into products of sizes that follow the channel counts."""
+
+    def __init__(self, channels: Channels, groups: dict[int, ChannelGroup]) -> None:
+        self._channels = channels
+        self._position = np.full(len(channels.group) + 1, -1, dtype=np.int64)
+        for position, number in enumerate(groups):
+            self._position[number] = position
+        self._counts = [group.size for group in groups.values()]
+        self._known: dict[int, Size] = {}
+
+    def term(self, product: Product, factor: float) -> CostTerm:
+        sizes = tuple({(): float(dim)} if isinstance(dim, int) else self._size(dim) for dim in product.dims)
+        return CostTerm(product.name, product.scale * factor, sizes)
+
+    def _size(self, label: Label) -> Size:
+        size = self._known.get(id(label))
+        if size is None:
+            numbers = np.sort(self._position[self._channels.group_of(label)], axis=1)
+            # One number for each row is much faster to sort than rows.
+            keys = (numbers + 1) @ (len(self._counts) + 1) ** np.arange(numbers.shape[1])
+            _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+            size = {}
+            for row, count in zip(numbers[first].tolist(), counts.tolist(), strict=True):
+                owners = tuple(number for number in row if number >= 0)
+                per_channel = count / float(np.prod([self._counts[number] for number in owners]))
+                size[owners] = size.get(owners, 0.0) + per_channel
+            self._known[id(label)] = size
+        return size
 
 
 def _refusals(coupling: Coupling, channels: Channels, calls: tuple[Product, ...]) -> tuple[Refusal, ...]:
-    """One row per line of the user's code, operator and reason, with the MACs of the layers it locks."""
-    locked: dict[tuple[str, str, str, str], NDArray[np.bool_]] = {}
-    for frozen in coupling.frozen:
-        if frozen.op is not None and len(frozen.atoms) > 0:
-            key = (frozen.op.module, frozen.op.source, frozen.op.name, frozen.reason)
-            channel = locked.setdefault(key, np.zeros(len(channels.group), dtype=bool))
-            channel[channels.of[frozen.atoms]] = True
-    sizes = [
-        call.scale * np.prod([d if isinstance(d, int) else len(d) for d in call.dims], dtype=float) for call in calls
+    """One row per line of the user's code, operator and reason, with the MACs of the layers it locks.
+
+    What is frozen along one factor while another can still be cut, as the three parts of packed queries, keys and
+    values, locks nothing and is not listed.
+    """
+    found: dict[tuple[str, str, str, str], list[Label]] = {}
+    for mark in coupling.frozen:
+        if mark.op is not None and len(mark.atoms):
+            found.setdefault((mark.op.module, mark.op.source, mark.op.name, mark.reason), []).append(mark.atoms)
+    for mark in coupling.renormalised:
+        if mark.op is not None and (channels.group[channels.owning([mark.atoms])] < 0).any():
+            reason = f"{mark.reason}; renormalise=True offers them"
+            found.setdefault((mark.op.module, mark.op.source, mark.op.name, reason), []).append(mark.atoms)
+    for factored in coupling.factored:
+        if factored.op is not None and channels.tangled[channels.owners(factored.rows)].any():
+            key = (factored.op.module, factored.op.source, factored.op.name)
+            reason = "splits the channels in ways that do not fit together"
+            found.setdefault((*key, reason), []).append(factored.rows)
+    if not found or not calls:
+        return ()
+    # Positions of tokens or kernels are no channels: only what a layer makes or reads can be lost.
+    layers = channels.owning([label for call in calls for label in call.layer])
+    held = csr_array(np.stack([channels.owning(labels) & layers for labels in found.values()]).astype(np.int8))
+    locked = csr_array(np.stack([_locked(channels, call.dims) & layers for call in calls]).astype(np.int8))
+    sizes = [call.scale * np.prod([float(d) if isinstance(d, int) else len(d) for d in call.dims]) for call in calls]
+    hits = (held @ locked.T).toarray() > 0
+    shares = hits @ (np.array(sizes) / sum(sizes))
+    rows = [
+        Refusal(*key, macs_share=float(share)) for key, share, hit in zip(found, shares, hits, strict=True) if hit.any()
     ]
-    total = sum(sizes) or 1.0
-    rows = []
-    for key, channel in locked.items():
-        held = [
-            any(not isinstance(dim, int) and channel[channels.of[dim]].any() for dim in call.dims) for call in calls
-        ]
-        share = sum(size for size, hit in zip(sizes, held, strict=True) if hit) / total
-        rows.append(Refusal(*key, macs_share=float(share)))
     return tuple(sorted(rows, key=lambda row: -row.macs_share))
+
+
+def _locked(channels: Channels, dims: Iterable[Label | int]) -> NDArray[np.bool_]:
+    """bool [num_components], the owners of positions of which no owner can be cut."""
+    labels = [label for label in dims if not isinstance(label, int)]
+    return channels.owning([label[channels.locked(label)] for label in labels])

@@ -176,7 +176,7 @@ def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:
 
 def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...]) -> None:
     """Fail before any training where the budget cannot be met."""
-    allocate(trace(model, inputs), Budget.parse(recipe.budget), round_to=recipe.round_to)
+    allocate(trace(model, inputs, renormalise=recipe.renormalise), Budget.parse(recipe.budget), round_to=recipe.round_to)
 
 
 def _compress(
@@ -184,7 +184,7 @@ def _compress(
 ) -> Artifact:
     """`compress` of a network that is ours, with checkpoints and ONNX files in the stages' folder."""
     stages.evaluate(dense, task, "dense")
-    graph = trace(dense, inputs)
+    graph = trace(dense, inputs, renormalise=recipe.renormalise)
     with stages.timed("prune"):
         plan = build_pruner(recipe)(graph, Budget.parse(recipe.budget), task)
     small, certificate = _cut(dense, plan, inputs)
@@ -210,7 +210,7 @@ def _compress(
 
 
 def _cut(dense: nn.Module, plan: PruningPlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Certificate]:
-    small = compact(dense, plan)
+    small = compact(dense, plan, inputs)
     certificate = certify(dense, plan, small, inputs)
     if not certificate.holds:
         raise PlanError(
@@ -250,6 +250,11 @@ def _report(
         warnings.append(f"the small network is not clearly faster: latency ratio {ratio.value:.2f}")
     if timed.busy:
         warnings.append("the machine was busy while latency was measured: wall times are upper bounds")
+    fixed = next((group.fixed_by for group, keep in plan.keep.items() if group.fixed_by and not keep.all()), None)
+    if fixed:
+        warnings.append(f"the small network is a recorded program, not the network's own class: {fixed}")
+    if certificate.renormalised:
+        warnings.append(f"{len(certificate.renormalised)} channel groups are normalised anew over what is left of them")
     if graph.uncounted:
         warnings.append(f"MACs leave out ops without a rule: {', '.join(graph.uncounted)}")
     return Report(

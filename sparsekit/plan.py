@@ -50,6 +50,9 @@ class ChannelGroup:
         slots: every place the channels occupy.
         exact: zero-masking the `read` slots equals removal (no normalisation across these channels).
         residual: the outputs of several layers are added up in these channels.
+        silent: masking sets every slot to zero, because activations are summed over these channels (attention scores).
+        fixed_by: what in the forward names their number as a literal, "net.py:12, aten::view: the forward fixes a
+            size here"; they can be cut only in a recorded program. Empty where the model's own forward follows.
     """
 
     name: str
@@ -57,6 +60,8 @@ class ChannelGroup:
     slots: tuple[Slot, ...]
     exact: bool = True
     residual: bool = False
+    silent: bool = False
+    fixed_by: str = ""
 
     def __repr__(self) -> str:
         return f"ChannelGroup({self.name!r}, size={self.size}, slots={len(self.slots)}, exact={self.exact})"
@@ -119,6 +124,8 @@ class PruningPlan:
                 "size": group.size,
                 "exact": group.exact,
                 "residual": group.residual,
+                "silent": group.silent,
+                "fixed_by": group.fixed_by,
                 "keep": keep.nonzero().flatten().tolist(),
                 "slots": [_slot_to_json(slot) for slot in group.slots],
             }
@@ -191,4 +198,5 @@ def _group_from_json(row: dict[str, Any]) -> ChannelGroup:
             stop = cell["start"] + row["size"] * cell["width"]
             index = torch.arange(cell["start"], stop).view(row["size"], cell["width"])
         slots.append(Slot(cell["tensor"], cell["dim"], index, cell["read"]))
-    return ChannelGroup(row["name"], row["size"], tuple(slots), row["exact"], row["residual"])
+    flags = {name: row[name] for name in ("exact", "residual", "silent", "fixed_by")}
+    return ChannelGroup(row["name"], row["size"], tuple(slots), **flags)

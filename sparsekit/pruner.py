@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparsekit.budget import Budget
 from sparsekit.graph import ChannelGraph
-from sparsekit.plan import ChannelGroup, PruningPlan
+from sparsekit.plan import COUNT, ChannelGroup, PruningPlan
+from sparsekit.surgery import tensor_of
 from sparsekit.task import Task
 
 Scores = Mapping[ChannelGroup, Tensor]  # float [C] per group, higher is kept
@@ -27,13 +28,12 @@ def channel_norms(graph: ChannelGraph, *, p: float = 2.0) -> dict[ChannelGroup, 
 
     Biases and normalisation vectors do not count. Float32 [C] per group, on the CPU.
     """
-    parameters = dict(graph.model.named_parameters())
     norms = {}
     for group in graph.groups:
         total = torch.zeros(group.size)
         for slot in group.slots:
-            weight = parameters.get(slot.tensor)
-            if weight is None or slot.read or weight.dim() < 2:
+            weight = None if slot.dim == COUNT or slot.read else tensor_of(graph.model, slot.tensor)
+            if weight is None or weight.dim() < 2:
                 continue
             rows = weight.detach().float().cpu().movedim(slot.dim, 0)[slot.index]
             total += rows.abs().pow(p).flatten(1).sum(1)

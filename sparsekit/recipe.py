@@ -44,6 +44,7 @@ class Recipe:
         options: the method's own options.
         budget: see `Budget.parse`.
         round_to: widths are multiples of this.
+        renormalise: also prune channels that LayerNorm and its like run over.
         dense_epochs: training of the dense network where no weights are given.
         dense_lr: its peak learning rate.
         epochs: of the method, where it trains, and of fine-tuning, each.
@@ -71,6 +72,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: str = "macs<=0.5x"
     round_to: int = 1
+    renormalise: bool = False
     dense_epochs: int = 12
     dense_lr: float = 0.1
     epochs: int = 6

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import os
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsekit.errors import TraceError
+from sparsekit.forward import check_inputs as check_inputs
+from sparsekit.forward import plain
+from sparsekit.meta import MetaKernels
+from sparsekit.meta import on_meta as on_meta
+from sparsekit.whereabouts import Frames, running_modules
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_ONE_AT_A_TIME = threading.RLock()  # module hooks and the attention kernel are torch's globals
 
 
 @dataclass(frozen=True)
@@ -31,150 +37,256 @@ class Ref:
 
 
 @dataclass(frozen=True, eq=False)
+class Call:
+    """A call that torch broke into the ops that name it in `Op.inside`.
+
+    Attributes:
+        func: the operator and overload.
+        args: argument name -> value, defaults filled in, tensors as `Ref`.
+        output: the tensor it returned.
+    """
+
+    func: OpOverload
+    args: dict[str, Any]
+    output: Ref
+
+
+@dataclass(frozen=True, eq=False)
 class Op:
     """One ATen call.
 
     Attributes:
-        name: the operator without its overload, "convolution".
+        name: the operator without its overload, "convolution"; "torchvision::nms" where it is not ATen's.
+        func: the operator and overload itself; its schema says which arguments are keyword-only.
         args: argument name -> value, defaults filled in, tensors as `Ref`.
         outputs: the tensors it returned.
         module: path of the innermost module that ran it.
-        attributes: that module's integer attributes, such as `groups`.
+        owner: that module.
         source: "file.py:147", the first line outside torch on the call stack.
+        inside: the attention call it is a part of, if any.
+        no_grad: it ran under `torch.no_grad()`.
+        function: the user's `torch.autograd.Function` that ran it, whose own backward is not recorded, or "".
     """
 
     name: str
+    func: OpOverload
     args: dict[str, Any]
     outputs: tuple[Ref, ...]
     module: str
-    attributes: dict[str, int]
+    owner: nn.Module
     source: str
+    inside: Call | None = None
+    no_grad: bool = False
+    function: str = ""
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """Integer attributes of the owner, such as `groups`."""
+        return {name: value for name, value in vars(self.owner).items() if type(value) is int}
 
     def tensors(self) -> list[Ref]:
         """Every tensor among the arguments, lists opened."""
-        return [leaf for leaf in tree_flatten(self.args)[0] if isinstance(leaf, Ref)]
+        found = []
+        for value in self.args.values():
+            if type(value) is Ref:
+                found.append(value)
+            elif type(value) is list or type(value) is tuple:
+                found += [item for item in value if type(item) is Ref]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What one forward pass did; `states` are parameters and buffers by their `state_dict` names.
+    """What one forward pass did.
 
-    `error` is what stopped the pass, if anything did: the ops up to there are still listed.
+    Attributes:
+        ops: in the order in which they ran.
+        states: parameters and buffers by their `state_dict` names.
+        outputs: the tensors among what the forward returned, flattened.
+        error: what stopped the pass, if anything did: the ops up to there are still listed.
+        inputs: the tensors among the example inputs, flattened.
+        constants: the tensors that ops read and that are none of the above nor made by an op, by `Ref.index`.
+        returned: what the forward returned, tensors as `Ref`, unknown classes as dicts of their attributes.
+        failed: the op that raised `error`, its outputs empty; None where the user's own Python did.
     """
 
     ops: tuple[Op, ...]
     states: dict[str, Ref]
     outputs: tuple[Ref, ...]
-    error: Exception | None = None
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of `model` without storage: its parameters and buffers are on the meta device."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        twin = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(model, memo)
+    error: Exception | None
+    inputs: tuple[Ref, ...]
+    constants: dict[int, Tensor]
+    returned: Any
+    failed: Op | None
 
 
 def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
     """The ATen ops of `model(*example_inputs)`, in the model's present mode.
 
-    Buffers that the forward updates are updated: pass a copy. Inputs go to the device of the model's parameters.
+    Buffers that the forward updates are updated: pass a copy. Inputs are copied to the device of the model's
+    parameters. Nothing can be differentiated: what backward would need is not kept.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     device = named[0][1].device if named else torch.device("cpu")
-    inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), example_inputs)
-    with _module_stack(model) as stack, _Recorder(stack) as recorder:
-        states = {name: recorder.ref(tensor) for name, tensor in named}
+    with _ONE_AT_A_TIME, _plain_torch(), running_modules(model) as stack:
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), example_inputs)
+        recorder = _Recorder(stack)
+        states = {name: recorder.state(tensor) for name, tensor in named}
+        given = tuple(recorder.made(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        returned: Any = None
+        outputs: tuple[Ref, ...] = ()
+        error: Exception | None = None
         try:
-            output = model(*inputs)
+            with recorder, recorder.attention():
+                output = plain(model(*inputs))
+            returned = tree_map_only(Tensor, recorder.read, output)
+            outputs = tuple(leaf for leaf in tree_leaves(returned) if isinstance(leaf, Ref))
         # The user's own forward may raise anything; whoever reads the recording decides what the error means.
-        except Exception as error:  # noqa: BLE001
-            return Recording(tuple(recorder.ops), states, (), error)
-        leaves = [leaf for leaf in tree_flatten(_plain(output))[0] if isinstance(leaf, Tensor)]
-        return Recording(tuple(recorder.ops), states, tuple(recorder.ref(leaf) for leaf in leaves))
-
-
-def _plain(output: object) -> object:
-    """Outputs in classes that pytree does not open (dataclass-like) as plain dicts."""
-    if isinstance(output, Tensor | tuple | list | dict) or output is None:
-        return output
-    values = getattr(output, "__dict__", None)
-    if values is None:
-        raise TraceError(f"forward returned {type(output).__name__}: expected tensors in tuples, lists or dicts")
-    return dict(values)
+        except Exception as raised:  # noqa: BLE001
+            error = raised
+        failed = recorder.failed[1] if recorder.failed is not None and recorder.failed[0] is error else None
+        return Recording(tuple(recorder.ops), states, outputs, error, given, recorder.constants, returned, failed)
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, stack: list[tuple[str, nn.Module]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
+        self.constants: dict[int, Tensor] = {}
+        self.failed: tuple[Exception, Op] | None = None
         self._stack = stack
-        self._refs: dict[int, Ref] = {}
-        self._alive: list[Tensor] = []  # an id is only an identity while its tensor lives
+        self._run = MetaKernels()
+        self._num_refs = 0
+        # An id is an identity only while its tensor lives.
+        self._refs: dict[int, tuple[Ref, weakref.ref[Tensor]]] = {}
+        self._states: dict[tuple[Any, ...], Ref] = {}  # by storage: `.data` is another object
+        self._frames = Frames()
 
-    def ref(self, tensor: Tensor) -> Ref:
-        known = self._refs.get(id(tensor))
+    def state(self, tensor: Tensor) -> Ref:
+        """A parameter or buffer."""
+        return self._states.setdefault(_storage(tensor), self.made(tensor))
+
+    def made(self, tensor: Tensor) -> Ref:
+        """A tensor that an op returned, or the user gave."""
+        known = self._known(tensor)
+        shape = tuple(tensor.shape)
         if known is None:
-            known = self._refs[id(tensor)] = Ref(len(self._alive), tuple(tensor.shape))
-            self._alive.append(tensor)
+            known = Ref(self._num_refs, shape)
+            self._num_refs += 1
+        elif known.shape != shape:  # unsqueeze_ and its like
+            known = Ref(known.index, shape)
+        else:
+            return known
+        self._refs[id(tensor)] = (known, weakref.ref(tensor))
         return known
+
+    def read(self, tensor: Tensor) -> Ref:
+        """A tensor that an op reads."""
+        known = self._known(tensor)
+        if known is not None:
+            return known
+        known = self._states.get(_storage(tensor))
+        if known is None:
+            known = self.made(tensor)
+            self.constants[known.index] = tensor
+        return known
+
+    def _known(self, tensor: Tensor) -> Ref | None:
+        found = self._refs.get(id(tensor))
+        return found[0] if found is not None and found[1]() is tensor else None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        bound = {argument.name: argument.default_value for argument in func._schema.arguments}
-        bound |= dict(zip(bound, args, strict=False)) | (kwargs or {})
-        outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-        path, module = self._stack[-1]
-        op = Op(
-            name=func._schema.name.removeprefix("aten::"),
-            args=tree_map_only(Tensor, self.ref, bound),
-            outputs=tuple(self.ref(leaf) for leaf in outputs),
-            module=path,
-            attributes={name: value for name, value in vars(module).items() if type(value) is int},
-            source=_source(sys._getframe(1)),
-        )
-        self.ops.append(op)
+        try:
+            result = self._run(func, args, kwargs or {})
+        except Exception as error:
+            self.failed = (error, self._op(func, args, kwargs, ()))
+            raise
+        self.ops.append(self._op(func, args, kwargs, result))
         return result
+
+    def _op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None, result: Any) -> Op:
+        name, _, _ = _signature(func)
+        bound = self._bind(func, args, kwargs)
+        if isinstance(result, Tensor):
+            outputs: tuple[Ref, ...] = (self.made(result),)
+        else:
+            outputs = tuple(self.made(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        path, module = self._stack[-1]
+        frame = sys._getframe(2)
+        # The forward of an autograd function runs without grad too, and yet is differentiable.
+        function = None if torch.is_grad_enabled() else self._frames.function(frame)
+        no_grad = not torch.is_grad_enabled() and function is None
+        return Op(
+            name, func, bound, outputs, path, module, self._frames.line(frame), no_grad=no_grad, function=function or ""
+        )
+
+    def _bind(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        _, names, defaults = _signature(func)
+        bound = dict(defaults)
+        for name, value in zip(names, args, strict=False):
+            bound[name] = self._argument(value)
+        if kwargs:
+            for name, value in kwargs.items():
+                bound[name] = self._argument(value)
+        return bound
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.read(value)
+        if type(value) is list or type(value) is tuple:
+            return [self._argument(item) for item in value]
+        return value
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Mark the ops that attention is broken into: which ones they are depends on the device."""
+        thread = threading.get_ident()
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            start = len(self.ops)
+            result = _ATTENTION.decompose(*args, **kwargs)
+            if threading.get_ident() == thread:
+                call = Call(_ATTENTION, self._bind(_ATTENTION, args, kwargs), self.made(result))
+                self.ops[start:] = [replace(op, inside=call) for op in self.ops[start:]]
+            return result
+
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            for key in ("AutogradMeta", "AutogradCPU", "AutogradCUDA"):
+                library.impl("scaled_dot_product_attention", marked, key)
+            yield
+
+
+@cache
+def _signature(func: OpOverload) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+    """An operator's name, the names of its arguments and their defaults."""
+    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+    return func._schema.name.removeprefix("aten::"), tuple(defaults), defaults
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for two tensors that are the same memory, seen the same way."""
+    if tensor.layout is not torch.strided:
+        return (id(tensor),)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 @contextmanager
-def _module_stack(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The modules now running and their paths, innermost last; global hooks leave the model untouched."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    stack = [("", model)]
+def _plain_torch() -> Iterator[None]:
+    """The same ops whatever the caller's mode: as in training, no fused shortcuts, and nothing saved for backward."""
 
-    def enter(module: nn.Module, _: Any) -> None:
-        path = paths.get(id(module))
-        stack.append(stack[-1] if path is None else (path, module))
+    def refuse(_: object) -> Tensor:
+        raise TraceError("the forward differentiates; only networks that do not can be recorded")
 
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield stack
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse),
+        ):
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _source(frame: FrameType | None) -> str:
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if not path.startswith((_TORCH, "<")) and path != __file__:
-            return f"{_short(path)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "?"
-
-
-def _short(path: str) -> str:
-    """Relative to site-packages or the working directory where it lies in one, so that reports name no home."""
-    _, installed, inside = path.rpartition("site-packages" + os.sep)
-    if installed:
-        return inside
-    relative = os.path.relpath(path)
-    return path if relative.startswith(os.pardir) else relative
+        torch.backends.mha.set_fastpath_enabled(fused)

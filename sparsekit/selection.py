@@ -35,7 +35,8 @@ def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[
 
     Groups that a keep pattern names get exactly its ratio. The others share one ratio, the largest that meets
     every limit, and are then filled up one step at a time, largest shortfall first, until nothing more fits.
-    Residual streams stay whole where the other groups can meet the limits alone: every layer of a stage reads them.
+    Where the other groups can meet the limits alone, residual streams stay whole, which every layer of a stage reads,
+    and channels whose number the forward fixes, which would turn the user's module into a recorded program.
 
     Args:
         graph: what can be cut.
@@ -68,7 +69,7 @@ def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[
     def fits(counts: Counts) -> bool:
         return all(costs(metric, counts) <= limit for metric, limit in limits.items())
 
-    inner = [number for number in free if not graph.groups[number].residual]
+    inner = [number for number in free if not (graph.groups[number].residual or graph.groups[number].fixed_by)]
     if fits(at(0.0, inner)):
         free = inner
     elif not fits(at(0.0, free)):

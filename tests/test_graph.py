@@ -84,25 +84,37 @@ def test_an_op_without_a_rule_freezes_only_what_it_touches_and_is_named() -> Non
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
-        (lambda x: x.view(2, 8, 8, 8), "the forward fixes a size here"),
-        (lambda x: x.reshape(2, 8, 64).transpose(1, 2).reshape(2, 64, 8).permute(0, 2, 1).view(2, 8, 8, 8), "fixes"),
-        (lambda x: x.view(2, 2, 4, 8, 8).transpose(1, 2).reshape(2, 8, 8, 8), "splits or mixes the channel"),
-        (lambda x: torch.cat(x.chunk(2, dim=1)[::-1], dim=1), "split cuts the channel dimension at fixed numbers"),
-        (lambda x: x[:, [0, 1, 2, 3, 4, 5, 6, 7]], "no rule for aten::index"),
+        (lambda x: x[:, [0, 1, 2, 3, 4, 5, 6, 7]], "index picks channels by their numbers"),
         (lambda x: x * torch.ones(1, 8, 1, 1), "meets a tensor whose channels are fixed"),
-        (lambda x: x - x.mean(1, keepdim=True), "mean runs over the channels"),
-        (lambda x: x.softmax(1), "_softmax normalises across the channels"),
+        (lambda x: x - x.mean(1, keepdim=True), "mean runs over the channels; renormalise=True offers them"),
+        (lambda x: x.softmax(1), "softmax normalises over the channels; renormalise=True offers them"),
         (lambda x: F.avg_pool2d(x.permute(0, 2, 3, 1), 1).permute(0, 3, 1, 2), "avg_pool2d runs over the channels"),
         (
             lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
-            "no rule for aten::native_layer_norm",
+            "LayerNorm normalises over the channels; renormalise=True offers them",
         ),
+        (lambda x: x.transpose(1, 2).reshape(2, 4, 16, 8).reshape(2, 8, 8, 8), "mixes the channel dimension"),
     ],
 )
 def test_what_cannot_be_cut_is_kept_with_its_reason(middle: Callable[[Tensor], Tensor], reason: str) -> None:
     graph = trace(Net(middle), X)
     assert groups(graph) == {}
     assert any(reason in refusal.reason for refusal in graph.refusals), graph.refusals
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda x: x.view(2, 8, 8, 8),
+        lambda x: x.reshape(2, 8, 64).transpose(1, 2).reshape(2, 64, 8).permute(0, 2, 1).view(2, 8, 8, 8),
+        lambda x: x * x.shape[1],
+        lambda x: F.pad(x, (0, 0, 0, 0, 2, 2))[:, 2:10],
+    ],
+)
+def test_channels_whose_number_the_forward_fixes_are_marked_with_its_line(middle: Callable[[Tensor], Tensor]) -> None:
+    graph = trace(Net(middle), X)
+    assert groups(graph) == {"a": 8}
+    assert graph.groups[0].fixed_by.startswith("tests/test_graph.py:")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.budget import Budget
-from sparsekit.compaction import certify, compact, mask
+from sparsekit.compaction import certify, compact
+from sparsekit.surgery import mask
 from sparsekit.cost import num_macs, num_params
 from sparsekit.errors import BudgetError, PlanError
 from sparsekit.graph import ChannelGraph, trace

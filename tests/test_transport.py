@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsekit.budget import Budget
-from sparsekit.compaction import compact, mask
+from sparsekit.compaction import compact
+from sparsekit.surgery import mask
 from sparsekit.errors import UsageError
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot

@@ -1,0 +1,69 @@
+"""What a forward pass is given and what it returns, as pytree sees it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import is_namedtuple_instance, keystr, tree_flatten_with_path
+
+from sparsekit.errors import TraceError
+
+
+def check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """Name what is wrong with the example inputs before the forward meets it.
+
+    Raises:
+        TraceError: too few or too many, another device than the model's, another floating-point type.
+    """
+    _check_count(model, len(example_inputs))
+    states = [*model.parameters(), *model.buffers()]
+    devices = list(dict.fromkeys(str(tensor.device) for tensor in states))
+    dtypes = list(dict.fromkeys(_dtype(tensor) for tensor in model.parameters() if tensor.is_floating_point()))
+    for path, leaf in tree_flatten_with_path(example_inputs)[0]:
+        if not isinstance(leaf, Tensor):
+            continue
+        where = "example input " + keystr(path).removeprefix("[").replace("]", "", 1)
+        if devices and str(leaf.device) not in devices:
+            raise TraceError(f"{where} is on {leaf.device}, the model on {' and '.join(devices)}")
+        if dtypes and leaf.is_floating_point() and _dtype(leaf) not in dtypes:
+            raise TraceError(f"{where} is {_dtype(leaf)}, the model's parameters {' and '.join(dtypes)}")
+
+
+def _check_count(model: nn.Module, num_given: int) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*[None] * num_given)
+    except TypeError as error:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        taken = [parameter for parameter in signature.parameters.values() if parameter.kind in kinds]
+        num_least = sum(parameter.default is inspect.Parameter.empty for parameter in taken)
+        if num_least <= num_given <= len(taken):
+            raise TraceError(f"forward cannot be called with example inputs alone: {error}") from None
+        count = str(num_least) if num_least == len(taken) else f"{num_least} to {len(taken)}"
+        names = ", ".join(parameter.name for parameter in taken)
+        raise TraceError(f"forward takes {count} inputs ({names}), got {num_given}") from None
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def plain(value: Any, opened: frozenset[int] = frozenset()) -> Any:
+    """Containers as pytree knows them; other classes, in which it would see no tensors, as dicts."""
+    if isinstance(value, Tensor | str | bytes | int | float | complex | torch.dtype | torch.device) or value is None:
+        return value
+    if id(value) in opened:
+        raise TraceError(f"forward returned a {type(value).__name__} that contains itself")
+    opened = opened | {id(value)}
+    if isinstance(value, list | tuple):
+        items = [plain(item, opened) for item in value]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if is_namedtuple_instance(value) else tuple(items)
+    attributes = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    if attributes is None:
+        raise TraceError(f"forward returned {type(value).__name__}: expected tensors in tuples, lists or dicts")
+    return {key: plain(item, opened) for key, item in attributes.items()}

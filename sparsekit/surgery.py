@@ -1,0 +1,185 @@
+"""What a plan does to tensors: `mask` writes zeros, `cut` takes slices away. Both fold `merge` the same way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sparsekit.baking import bake, is_computed
+from sparsekit.errors import PlanError
+from sparsekit.plan import COUNT, ChannelGroup, PruningPlan, Slot
+
+
+def mask(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A copy of `model` with the shapes it had, in which every dropped channel is multiplied by zero.
+
+    Where a group is not exact this is not what cutting means: what is left is normalised anew (see `certify`).
+
+    Raises:
+        PlanError: the plan names a tensor, dimension or position the model does not have.
+    """
+    model = plain(model, plan)
+    edited = _edited(model, plan)
+    for group, keep in plan.keep.items():
+        for slot in group.slots:
+            if slot.dim == COUNT or not (slot.read or group.silent):
+                continue
+            if slot.tensor not in edited:
+                edited[slot.tensor] = tensor_of(model, slot.tensor).detach().clone()
+            tensor = edited[slot.tensor]
+            tensor.index_fill_(slot.dim, slot.index[~keep].flatten().to(tensor.device), 0)
+    return _replaced(model, edited)
+
+
+def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A copy of `model` from which every dropped channel has been cut; class and forward stay the user's own.
+
+    An empty plan gives a bit-equal copy.
+
+    Raises:
+        PlanError: the plan names a tensor, dimension or position the model does not have.
+    """
+    model = plain(model, plan)
+    edited = _edited(model, plan)
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for group, keep in plan.keep.items():
+        for slot in group.slots:
+            gone.setdefault((slot.tensor, slot.dim), []).append(slot.index[~keep].flatten())
+    counts: dict[str, int] = {}
+    for (name, dim), positions in gone.items():
+        if dim == COUNT:
+            counts[name] = len(torch.cat(positions).unique())
+            continue
+        tensor = edited.get(name, tensor_of(model, name).detach())
+        stay = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        stay[torch.cat(positions)] = False
+        edited[name] = tensor.index_select(dim, stay.nonzero().flatten().to(tensor.device))
+    small = _replaced(model, edited)
+    for name, count in counts.items():
+        path, _, leaf = name.rpartition(".")
+        module = small.get_submodule(path)
+        setattr(module, leaf, getattr(module, leaf) - count)
+    for path in {name.rpartition(".")[0] for name, _ in gone}:
+        _sync_sizes(small.get_submodule(path))
+    return small
+
+
+def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """`model`, or a copy where a weight to be changed is one that its module computes from others."""
+    paths = {slot.tensor.rpartition(".")[0] for group in plan.keep for slot in group.slots}
+    known = dict(model.named_modules())
+    computing = [path for path in paths if path in known and is_computed(known[path])]
+    if computing:
+        model = copied(model)
+        for path in computing:
+            bake(model.get_submodule(path))
+    return model
+
+
+def _edited(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
+    """Copies of the tensors that the plan replaces, zeroes or folds, with that done."""
+    states = dict(model.named_parameters()) | dict(model.named_buffers())
+    edited: dict[str, Tensor] = {}
+    for kind, values in (("weights", plan.weights), ("nonzero", plan.nonzero)):
+        for name, value in values.items():
+            if name not in states:
+                raise PlanError(f"{kind} {name!r}: the model has no such parameter or buffer")
+            if states[name].shape != value.shape:
+                expected, got = list(states[name].shape), list(value.shape)
+                raise PlanError(f"{kind} {name!r}: the model's shape is {expected}, the plan's {got}")
+    for name, value in plan.weights.items():
+        edited[name] = value.to(states[name], copy=True)
+    for name, value in plan.nonzero.items():
+        edited[name] = edited.get(name, states[name].detach()) * value.to(states[name].device)
+    for group, keep in plan.keep.items():
+        for slot in _checked_slots(model, group):
+            if slot.read and group in plan.merge:
+                if slot.tensor not in edited:
+                    edited[slot.tensor] = tensor_of(model, slot.tensor).detach().clone()
+                _fold(edited[slot.tensor], slot, keep, plan.merge[group])
+    return edited
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also where a module keeps activations."""
+    return _replaced(model, {})
+
+
+def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy of `model` with some of its tensors replaced; a tensor that two modules share stays shared."""
+    memo: dict[int, Any] = {}
+    for name, value in values.items():
+        old = tensor_of(model, name)
+        new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        memo[id(old)] = new
+    # An activation that a module keeps, in a cache or for a hook, is no leaf, and torch refuses to copy it.
+    kept = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
+    small = copy.deepcopy(model, memo)
+    if any(not leaf.is_leaf for leaf in kept):
+        _forget(small)
+    return small
+
+
+def _forget(network: nn.Module) -> None:
+    """Modules that keep activations for inference drop them when training begins."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.train()
+    for module, mode in modes:
+        module.training = mode
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter, buffer or computed weight of that name."""
+    path, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(model.get_submodule(path), leaf)
+    return value
+
+
+def _checked_slots(model: nn.Module, group: ChannelGroup) -> tuple[Slot, ...]:
+    for slot in group.slots:
+        path, _, leaf = slot.tensor.rpartition(".")
+        try:
+            value = getattr(model.get_submodule(path), leaf)
+        except AttributeError:
+            raise PlanError(f"group {group.name!r}: the model has no {slot.tensor!r}") from None
+        size = value if slot.dim == COUNT else value.shape[slot.dim] if slot.dim < value.dim() else 0
+        if not isinstance(size, int) or int(slot.index.max()) >= size:
+            raise PlanError(
+                f"group {group.name!r}: {slot.tensor!r} dim {slot.dim} has {size} positions, "
+                f"the plan needs {int(slot.index.max()) + 1}"
+            )
+    return group.slots
+
+
+def _fold(weight: Tensor, slot: Slot, keep: Tensor, merge: Tensor) -> None:
+    """Let each kept position read also what `merge` rebuilds from it: W[:, kept] = sum_c merge[c] W[:, c]."""
+    index = slot.index.to(weight.device)
+    moved = weight.movedim(slot.dim, 0)
+    moved[index[keep.to(weight.device)]] = torch.einsum("ck,cp...->kp...", merge.to(weight), moved[index])
+
+
+def _sync_sizes(module: nn.Module) -> None:
+    """Let a module's own size attributes say what its cut tensors are, so that it prints and saves correctly."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        sizes = list(module.weight.shape[:2])
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            module.in_channels, module.out_channels = sizes[0], sizes[1] * module.groups
+        else:
+            module.out_channels, module.in_channels = sizes[0], sizes[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sizes = [t.shape[0] for t in (module.weight, module.running_mean) if t is not None]
+        module.num_features = sizes[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]

@@ -1,0 +1,194 @@
+"""Everything known about a network before a plan: what it did, how its dimensions are coupled, its channel groups."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from sparsekit.baking import bake, is_computed
+from sparsekit.channels import Channels, connect
+from sparsekit.coupling import Coupling, Labels, Mark, Product
+from sparsekit.errors import PlanError, TraceError
+from sparsekit.plan import COUNT, ChannelGroup, PruningPlan, Slot
+from sparsekit.probe import Probe
+from sparsekit.record import Recording, on_meta, record
+from sparsekit.rules import follow
+from sparsekit.surgery import copied
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """Attributes:
+        twin: the copy of the model that was recorded, its computed weights made plain.
+        recordings: the forward pass in eval mode, and in training mode where that alone uses some parameters.
+        coupling: what the rules said about them.
+        calls: multiply-accumulates of the eval pass: what only training runs costs nothing at inference.
+        channels: what is connected.
+        groups: group number -> group.
+    """
+
+    twin: nn.Module
+    recordings: list[Recording]
+    coupling: Coupling
+    calls: tuple[Product, ...]
+    channels: Channels
+    groups: dict[int, ChannelGroup]
+
+
+def survey(model: nn.Module, inputs: tuple[Any, ...], *, renormalise: bool) -> Survey:
+    """Record `model`, follow the rules, and probe what they predict until the forward agrees.
+
+    Raises:
+        TraceError: the forward fails on the inputs.
+    """
+    twin, recordings = _record(model, inputs)
+    coupling = Coupling()
+    labels = [follow(recordings[0], coupling)]
+    calls = tuple(coupling.macs)
+    labels += [follow(recording, coupling) for recording in recordings[1:]]
+    probe = Probe(twin, inputs, recordings, labels)
+    while True:
+        channels = connect(coupling, renormalise=renormalise)
+        groups = _groups(coupling, channels, recordings)
+        if probe.agrees(groups, channels, coupling):
+            return Survey(twin, recordings, coupling, calls, channels, groups)
+
+
+def living(
+    recordings: list[Recording], plan: PruningPlan, coupling: Coupling
+) -> tuple[list[dict[int, Labels]], NDArray[np.bool_]]:
+    """The labels of each recording of one model, and bool [num_atoms], which atoms the plan leaves.
+
+    Args:
+        recordings: of one model.
+        plan: what it keeps.
+        coupling: an empty one, which is filled.
+
+    Raises:
+        PlanError: the plan has a group that this model does not.
+    """
+    labels = [follow(recording, coupling) for recording in recordings]
+    channels = connect(coupling, renormalise=True)
+    found = {}
+    for number, group in _groups(coupling, channels, recordings).items():
+        found |= {_key(slot): number for slot in group.slots}
+    alive = np.ones(len(channels.group), dtype=bool)
+    for group, keep in plan.keep.items():
+        number = next((found[key] for slot in group.slots if (key := _key(slot)) in found), None)
+        if number is None:
+            raise PlanError(f"group {group.name!r}: the recorded forward of this model has no such channels")
+        inside = np.flatnonzero(channels.group == number)
+        alive[inside] = keep.numpy()[channels.rank[inside]]
+    return labels, channels.alive(np.arange(coupling.num_atoms)[:, None], alive)
+
+
+def _key(slot: Slot) -> tuple[str, int, bytes]:
+    return slot.tensor, slot.dim, slot.index.numpy().tobytes()
+
+
+def _record(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[Recording]]:
+    """A copy of the model without storage and what it did; a real one where the forward needs values."""
+    twin = _plain(on_meta(model))
+    recordings = _recordings(twin, inputs)
+    if recordings[0].error is not None:
+        twin = _plain(copied(model).cpu())
+        recordings = _recordings(twin, inputs)
+    error = recordings[0].error
+    if error is not None:
+        raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
+    return twin, recordings
+
+
+def _plain(twin: nn.Module) -> nn.Module:
+    for module in list(twin.modules()):
+        if is_computed(module):
+            bake(module)
+    return twin
+
+
+def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
+    """The pass in eval mode, and the one in training mode where that alone uses some parameters."""
+    # Of copies: a forward may leave something behind that changes the next one.
+    evaluated = record(copied(twin).eval(), inputs)
+    used = {ref.index for op in evaluated.ops for ref in op.tensors()}
+    idle = [name for name, _ in twin.named_parameters() if evaluated.states[name].index not in used]
+    if not idle or evaluated.error is not None:
+        return [evaluated]
+    training = record(copied(twin).train(), inputs)
+    if training.error is not None:  # BatchNorm wants more than one value per channel
+        doubled = tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, inputs)
+        training = record(copied(twin).train(), doubled)
+    if training.error is None:
+        return [evaluated, training]
+    log.warning("%s: unused in eval mode, and the training pass fails: %s", idle[0], training.error)
+    return [evaluated]
+
+
+def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording]) -> dict[int, ChannelGroup]:
+    """Group number -> group, ordered and named by the first layer that makes its channels."""
+    slots: dict[int, list[Slot]] = {}
+    read = np.zeros(coupling.num_atoms, dtype=bool)
+    for label in coupling.read:
+        read[label] = True
+    for (tensor, dim), label in coupling.places.items():
+        for number, index in channels.positions(label).items():
+            is_read = bool(read[label[index[0, 0]]].all())
+            slots.setdefault(number, []).append(Slot(tensor, dim, torch.from_numpy(index), is_read))
+    added = channels.owning(coupling.added)
+    reasons = _reasons(coupling.fixed, channels)
+    order = _first_use(recordings)
+    makers = {
+        number: min(_makers(found), key=lambda name: order.get(name, len(order))) for number, found in slots.items()
+    }
+    groups: dict[int, ChannelGroup] = {}
+    taken: dict[str, int] = {}
+    sizes = {number: found[0].index.shape[0] for number, found in slots.items()}
+    for number in sorted(slots, key=lambda number: (order.get(makers[number], len(order)), sizes[number])):
+        path = makers[number].rpartition(".")[0] or makers[number]
+        taken[path] = taken.get(path, 0) + 1
+        name = path if taken[path] == 1 else f"{path}#{taken[path]}"
+        inside = channels.group == number
+        groups[number] = ChannelGroup(
+            name,
+            sizes[number],
+            tuple(slots[number]),
+            exact=bool(channels.exact[inside].all()),
+            residual=bool(added[inside].any()),
+            silent=bool(channels.silent[inside].any()),
+            fixed_by=reasons.get(number, ""),
+        )
+    return groups
+
+
+def _reasons(fixed: list[Mark], channels: Channels) -> dict[int, str]:
+    """Group number -> the first line that fixes its size."""
+    reasons: dict[int, str] = {}
+    for mark in fixed:
+        for number in np.unique(channels.group[channels.owning([mark.atoms])]):
+            where = f"{mark.op.source}, aten::{mark.op.name}: " if mark.op else ""
+            reasons.setdefault(int(number), where + mark.reason)
+    return reasons
+
+
+def _makers(slots: Iterable[Slot]) -> list[str]:
+    """Tensors that make a group's channels, weights of layers before per-channel vectors."""
+    names = [slot.tensor for slot in slots if not slot.read]
+    return [name for name in names if name.endswith("weight")] or names
+
+
+def _first_use(recordings: list[Recording]) -> dict[str, int]:
+    when: dict[int, int] = {}
+    for op in recordings[0].ops:
+        for ref in op.tensors():
+            when.setdefault(ref.index, len(when))
+    return {name: when[ref.index] for name, ref in recordings[0].states.items() if ref.index in when}
