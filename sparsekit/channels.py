@@ -105,7 +105,7 @@ def connect(coupling: Coupling, *, renormalise: bool = False) -> Channels:
             is_place[label] = True
     # A parameter that is reshaped before it reads has other atoms there than in its own place.
     moved = [label for label in coupling.read if not is_place[label].all()]
-    silent = those(coupling.silent + moved)
+    silent = those([mark.atoms for mark in coupling.silent] + moved)
     inexact = those([mark.atoms for mark in coupling.renormalised])
     fixed = those([mark.atoms for mark in coupling.fixed])
     tangled = those([np.flatnonzero(tangled[component])[:, None]]) | tangled

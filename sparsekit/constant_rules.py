@@ -53,22 +53,22 @@ def constant_reads(recording: Recording, states: Mapping[str, Tensor]) -> dict[O
     reads = {}
     for op in recording.ops:
         if op.name in DATA:
-            reads[op] = _known(op.args[DATA[op.name]], given)
+            reads[op] = _item(op.args[DATA[op.name]], given)
         found = _follow(op, given)
         changed = {root.get(ref.index, ref.index) for ref in touched(op, write=True)}
         if changed:  # whatever shares memory with what was written is no longer what it was
-            given = {index: known for index, known in given.items() if root.get(index, index) not in changed}
-        given.update({ref.index: known for ref, known in zip(op.outputs, found, strict=False)})
+            given = {index: item for index, item in given.items() if root.get(index, index) not in changed}
+        given.update({ref.index: item for ref, item in zip(op.outputs, found, strict=False)})
     return reads
 
 
 def _follow(op: Op, given: Given) -> Sequence[Constant]:
-    inputs = [_known(ref, given) for ref in op.tensors()]
+    inputs = [_item(ref, given) for ref in op.tensors()]
     rule = RULES.get(op.name)
-    if inputs and rule not in (moved, same) and _is_pure(op) and all(known.static for known in inputs):
+    if inputs and rule not in (moved, same) and _is_pure(op) and all(item.static for item in inputs):
         result = _run(op, given)
         return [static(value) for value in ([result] if isinstance(result, Tensor) else result)]
-    if rule is None or (op.name not in _SOURCES and not any(known.known.any() for known in inputs)):
+    if rule is None or (op.name not in _SOURCES and not any(item.known.any() for item in inputs)):
         return ()
     return rule(op, given)
 
@@ -83,15 +83,15 @@ def _is_pure(op: Op) -> bool:
     )
 
 
-def _known(ref: Ref, given: Given) -> Constant:
+def _item(ref: Ref, given: Given) -> Constant:
     return given.get(ref.index) or nothing_known(len(ref.shape))
 
 
 def _run(op: Op, given: Given, part: str = "value", func: Any = None) -> Any:
-    """The op itself, or `func` in its place, on what is known of its tensors."""
+    """The op itself, or `func` in its place, on one part of what is known of its tensors."""
 
     def substitute(ref: Ref) -> Tensor:
-        tensor: Tensor = getattr(_known(ref, given), part)
+        tensor: Tensor = getattr(_item(ref, given), part)
         return tensor.double() if tensor.is_floating_point() else tensor
 
     args = tree_map_only(Ref, substitute, op.args)
@@ -102,20 +102,20 @@ def _run(op: Op, given: Given, part: str = "value", func: Any = None) -> Any:
 
 def elementwise(op: Op, given: Given) -> Sequence[Constant]:
     """Known where all inputs are. In-place ops run as what they are without the underscore."""
-    inputs = [_known(ref, given) for ref in op.tensors()]
-    if not all(known.known.any() for known in inputs):
+    inputs = [_item(ref, given) for ref in op.tensors()]
+    if not all(item.known.any() for item in inputs):
         return ()
     packet = getattr(torch.ops.aten, op.name.removesuffix("_"))
     value = _run(op, given, func=getattr(packet, op.func._schema.overload_name or "default"))
-    if all(known.static for known in inputs):
+    if all(item.static for item in inputs):
         return [static(value)]
-    return [constant(value, reduce(torch.logical_and, [known.known for known in inputs]))]
+    return [constant(value, reduce(torch.logical_and, [item.known for item in inputs]))]
 
 
 def mul(op: Op, given: Given) -> Sequence[Constant]:
     """Zero times anything is zero."""
-    inputs = [_known(ref, given) for ref in op.tensors()]
-    if len(inputs) != 2 or all(known.static for known in inputs):
+    inputs = [_item(ref, given) for ref in op.tensors()]
+    if len(inputs) != 2 or all(item.static for item in inputs):
         return elementwise(op, given)
     left, right = inputs
     known = (left.known & right.known) | left.zero | right.zero
@@ -125,21 +125,21 @@ def mul(op: Op, given: Given) -> Sequence[Constant]:
 def same(op: Op, given: Given) -> Sequence[Constant]:
     """Copies and aliases, in any floating-point format."""
     dtype = op.args.get("dtype")
-    return [_known(op.tensors()[0], given)] if dtype is None or dtype.is_floating_point else ()
+    return [_item(op.tensors()[0], given)] if dtype is None or dtype.is_floating_point else ()
 
 
 def moved(op: Op, given: Given) -> Sequence[Constant]:
     """Ops that move, repeat or drop elements do so with what is known of them; views of expanded sizes cost nothing."""
     if op.args.get("dtype") is not None:  # aten::view.dtype, another reading of the same bits
         return ()
-    inputs = [(ref, _known(ref, given)) for ref in op.tensors()]
-    full = {ref.index: Constant(known.value.expand(ref.shape), known.known.expand(ref.shape)) for ref, known in inputs}
+    inputs = [(ref, _item(ref, given)) for ref in op.tensors()]
+    full = {ref.index: Constant(item.value.expand(ref.shape), item.known.expand(ref.shape)) for ref, item in inputs}
     # A view needs strides that expanded sizes do not have; reshape copies where it must.
     is_view = "view" in op.name or "reshape" in op.name
     func = (lambda tensor, *_: tensor.reshape(op.outputs[0].shape)) if is_view else None
     results = [_run(op, full, part, func) for part in ("value", "known")]
     values, knowns = ([result] if isinstance(result, Tensor) else result for result in results)
-    if all(known.static for _, known in inputs):
+    if all(item.static for _, item in inputs):
         return [static(value) for value in values]
     return [constant(value, known) for value, known in zip(values, knowns, strict=True)]
 
@@ -148,12 +148,9 @@ def cat(op: Op, given: Given) -> Sequence[Constant]:
     """Along `dim` one after the other; the other dimensions stay as small as they can be."""
     rank = len(op.outputs[0].shape)
     dim = op.args["dim"] % rank
-    inputs = [(ref.shape[dim], _known(ref, given)) for ref in op.args["tensors"] if len(ref.shape) == rank]
-    parts = [
-        _cat([(size, known.value) for size, known in inputs], dim),
-        _cat([(size, known.known) for size, known in inputs], dim),
-    ]
-    return [constant(*parts)]
+    inputs = [(ref.shape[dim], _item(ref, given)) for ref in op.args["tensors"] if len(ref.shape) == rank]
+    value = _cat([(size, item.value) for size, item in inputs], dim)
+    return [constant(value, _cat([(size, item.known) for size, item in inputs], dim))]
 
 
 def _cat(tensors: list[tuple[int, Tensor]], dim: int) -> Tensor:
@@ -164,16 +161,16 @@ def _cat(tensors: list[tuple[int, Tensor]], dim: int) -> Tensor:
 def pad(op: Op, given: Given) -> Sequence[Constant]:
     """The padded positions are the number that the forward pads with."""
     source, pads = op.args["self"], op.args["pad"]
-    known = _known(source, given)
-    value = torch.constant_pad_nd(known.value.double().expand(source.shape), pads, op.args["value"])
-    return [constant(value, torch.constant_pad_nd(known.known.expand(source.shape), pads, True))]
+    item = _item(source, given)
+    value = torch.constant_pad_nd(item.value.double().expand(source.shape), pads, op.args["value"])
+    return [constant(value, torch.constant_pad_nd(item.known.expand(source.shape), pads, True))]
 
 
 def spatial(op: Op, given: Given) -> Sequence[Constant]:
     """Pooling, resizing, reflection: of one number over the last dimensions they make the same number."""
     source = op.tensors()[0]
     rank, num_spatial = len(source.shape), int(re.findall(r"(\d)d", op.name)[0])
-    found = uniform(_known(source, given), range(rank - num_spatial, rank))
+    found = uniform(_item(source, given), range(rank - num_spatial, rank))
     padded, dilated = _differs(op.args.get("padding", 0), 0), _differs(op.args.get("dilation", 1), 1)
     if "max_pool" in op.name and padded and dilated:  # a window may then hold padding alone
         return ()
@@ -191,7 +188,7 @@ def reduction(op: Op, given: Given) -> Sequence[Constant]:
     (source,) = op.tensors()
     rank = len(source.shape)
     dims = {dim % rank for dim in op.args.get("dim") or range(rank)}
-    found = uniform(_known(source, given), sorted(dims))
+    found = uniform(_item(source, given), sorted(dims))
     if op.name == "sum":
         found = zeros_of(found)
     if op.args.get("keepdim"):
@@ -209,16 +206,16 @@ def zeros(op: Op, given: Given) -> Sequence[Constant]:
 def convolution(op: Op, given: Given) -> Sequence[Constant]:
     """An output is constant where every input that its filter reads is, and padding adds nothing."""
     x, bias = op.args["input"], op.args["bias"]
-    weight = _known(op.args["weight"], given)
+    weight = _item(op.args["weight"], given)
     if not weight.static:
         return ()
     taps = kernel(weight.value, op.args["groups"], transposed=op.args["transposed"])
-    value, known = (part.reshape(taps.shape[0], -1) for part in per_channel(_known(x, given), 1, x.shape[1]))
+    value, known = (part.reshape(taps.shape[0], -1) for part in per_channel(_item(x, given), 1, x.shape[1]))
     if sees_border(op):
         known = known & (value == 0)
     made, certain = weighted_sum(taps, torch.where(known, value, 0)), reads_only(taps, known)
     if bias is not None:
-        shift, sure = per_channel(_known(bias, given), 0, len(made))
+        shift, sure = per_channel(_item(bias, given), 0, len(made))
         made, certain = made + shift, certain & sure
     out = (1, -1, *(1,) * (len(x.shape) - 2))
     return [constant(made.reshape(out), certain.reshape(out))]
@@ -232,19 +229,19 @@ def sees_border(op: Op) -> bool:
 def matmul(op: Op, given: Given) -> Sequence[Constant]:
     """aten::mm, bmm and addmm."""
     left, right = (op.args[name] for name in (("mat1", "mat2") if op.name == "addmm" else ("self", "mat2")))
-    made = product(_known(left, given), _known(right, given), left.shape[-1])
+    made = product(_item(left, given), _item(right, given), left.shape[-1])
     if op.name != "addmm":
         return [made]
     if (op.args["alpha"], op.args["beta"]) != (1, 1):
         return ()
-    bias = _known(op.args["self"], given)
+    bias = _item(op.args["self"], given)
     return [constant(made.value + bias.value.double(), made.known & bias.known)]
 
 
 def batch_norm(op: Op, given: Given) -> Sequence[Constant]:
     """A channel with gamma 0 is beta, whatever comes in; others keep what is known, on fixed statistics."""
     source = op.args["input"]
-    x = _known(source, given)
+    x = _item(source, given)
     gamma, beta, mean, var = (
         _vector(op, name, neutral, given)
         for name, neutral in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1))
@@ -262,7 +259,7 @@ def _vector(op: Op, name: str, neutral: float, given: Given) -> Constant:
     ref = op.args[name]
     if ref is None:
         return static(torch.full((size,), neutral, dtype=torch.float64).reshape(shape))
-    value, known = per_channel(_known(ref, given), 0, size)
+    value, known = per_channel(_item(ref, given), 0, size)
     return Constant(value.reshape(shape), known.reshape(shape))
 
 

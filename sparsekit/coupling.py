@@ -79,7 +79,7 @@ class Coupling:
         self.fixed: list[Mark] = []
         self.renormalised: list[Mark] = []
         self.read: list[Label] = []
-        self.silent: list[Label] = []
+        self.silent: list[Mark] = []
         self.added: list[Label] = []
         self.macs: list[Product] = []
         self.num_atoms = 0
@@ -182,7 +182,7 @@ class Coupling:
         if readers:
             self.read += readers
         elif any(self.is_clean(ref) for ref, _ in sides):
-            self.silent.append(left[1])
+            self.silence(left[1])
         else:
             self.renormalise(left[1], "sums a product of activations over the channels")
 
@@ -195,6 +195,10 @@ class Coupling:
         """The present op of the user's forward works only with all of these."""
         if label is not None:
             self.fixed.append(Mark(label, reason, self._op))
+
+    def silence(self, label: Label) -> None:
+        """The present op sums over these, which add nothing once all their own parameters are zero."""
+        self.silent.append(Mark(label, "sums over the channels", self._op))
 
     def renormalise(self, label: Label | None, reason: str) -> None:
         """The present op normalises over these, so that removal changes what is left."""

@@ -31,7 +31,9 @@ def gathered(masked: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> l
         raise recording.error
     coupling = Coupling()
     (labels,), alive = living([recording], plan, coupling)
-    normalising = {mark.op for mark in coupling.renormalised if not alive[mark.atoms].all()}
+    # Sums that would be silent are among them: which ones are may depend on the device.
+    marks = coupling.renormalised + coupling.silent
+    normalising = {mark.op for mark in marks if not alive[mark.atoms].all()}
     states = dict(masked.named_parameters()) | dict(masked.named_buffers())
     values = {ref.index: states[name] for name, ref in recording.states.items()} | recording.constants
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]

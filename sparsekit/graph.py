@@ -160,7 +160,7 @@ def _refusals(coupling: Coupling, channels: Channels, calls: tuple[Product, ...]
             found.setdefault((mark.op.module, mark.op.source, mark.op.name, mark.reason), []).append(mark.atoms)
     for mark in coupling.renormalised:
         if mark.op is not None and (channels.group[channels.owning([mark.atoms])] < 0).any():
-            reason = f"{mark.reason}; renormalise=True offers them"
+            reason = f"{mark.reason}{_ON_REQUEST}"
             found.setdefault((mark.op.module, mark.op.source, mark.op.name, reason), []).append(mark.atoms)
     for factored in coupling.factored:
         if factored.op is not None and channels.tangled[channels.owners(factored.rows)].any():
@@ -176,10 +176,16 @@ def _refusals(coupling: Coupling, channels: Channels, calls: tuple[Product, ...]
     sizes = [call.scale * np.prod([float(d) if isinstance(d, int) else len(d) for d in call.dims]) for call in calls]
     hits = (held @ locked.T).toarray() > 0
     shares = hits @ (np.array(sizes) / sum(sizes))
+    offered = [key[-1].endswith(_ON_REQUEST) and bool(row.any()) for key, row in zip(found, held.toarray(), strict=True)]
     rows = [
-        Refusal(*key, macs_share=float(share)) for key, share, hit in zip(found, shares, hits, strict=True) if hit.any()
+        Refusal(*key, macs_share=float(share))
+        for key, share, hit, on_request in zip(found, shares, hits, offered, strict=True)
+        if hit.any() or on_request
     ]
     return tuple(sorted(rows, key=lambda row: -row.macs_share))
+
+
+_ON_REQUEST = "; renormalise=True offers them"
 
 
 def _locked(channels: Channels, dims: Iterable[Label | int]) -> NDArray[np.bool_]:

@@ -27,7 +27,7 @@ from sparsekit.steps import OfModel, Pass, Step, Structure, Value
 LivingOf = Callable[[list[Recording]], tuple[list[dict[int, Labels]], NDArray[np.bool_]]]
 
 _ATEN = torch.ops.aten
-_CLONE = str(_ATEN.clone.default)
+_CLONE, _MEAN = str(_ATEN.clone.default), str(_ATEN.mean.dim)
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
 
 
@@ -152,12 +152,7 @@ def _draft(recording: Recording, living: Living, states: Mapping[str, Tensor], c
     call = None
     for op in recording.ops:
         if op.inside is None:
-            last = steps[-1] if steps else None
-            step = _step(rewrite(op, living))
-            if op.name == "_unsafe_view" and last and (last.op, last.outputs) == (_CLONE, (op.args["self"].index,)):
-                # A reshape that had to copy: whether it has to depends on sizes and devices.
-                step = replace(step, args=step.args | {"self": steps.pop().args["self"]})
-            steps.append(step)
+            _append(steps, op, living)
         elif op.inside is not call:
             call = op.inside
             # The scale stays the dense network's where head dims are cut.
@@ -176,6 +171,17 @@ def _draft(recording: Recording, living: Living, states: Mapping[str, Tensor], c
     inputs = tuple(ref.index for ref in recording.inputs)
     shapes = tuple(tuple(ref.shape) for ref in recording.inputs)
     return renumbered(Pass(inputs, shapes, names, tuple(steps), _structured(recording.returned)))
+
+
+def _append(steps: list[Step], op: Op, living: Living) -> None:
+    made_last = steps[-1].op if steps and op.tensors() and steps[-1].outputs == (op.tensors()[0].index,) else ""
+    if (op.name, made_last) == ("as_strided_", _MEAN) and tuple(op.args["size"]) == op.args["self"].shape:
+        return  # global pooling says so that its one pixel is channels last
+    step = _step(rewrite(op, living))
+    if (op.name, made_last) == ("_unsafe_view", _CLONE):
+        # A reshape that had to copy: whether it has to depends on sizes and devices.
+        step = replace(step, args=step.args | {"self": steps.pop().args["self"]})
+    steps.append(step)
 
 
 def _named(value: Tensor, constants: dict[str, Tensor], states: Mapping[str, Tensor]) -> str:

@@ -77,7 +77,7 @@ def rewrite(op: Op, living: Living) -> Op:
         return _spatial(op, living, int(spatial.group(1)))
     types = {argument.name: str(argument.type) for argument in op.func._schema.arguments}
     for name, value in op.args.items():
-        if _has_int(value) and types[name] != "number" and name not in ("dim", "dims", "dim0", "dim1"):
+        if _has_int(value) and types[name] not in ("number", "Tensor") and name not in ("dim", "dims", "dim0", "dim1"):
             raise _refused(op, f"{name}={value} may number what is cut")
     return op
 

@@ -176,7 +176,7 @@ def _sync_sizes(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         sizes = [t.shape[0] for t in (module.weight, module.running_mean) if t is not None]
-        module.num_features = sizes[0]
+        module.num_features = sizes[0] if sizes else module.num_features
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.GroupNorm):

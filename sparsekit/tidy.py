@@ -32,9 +32,10 @@ def tidy(model: nn.Module, example_inputs: Any) -> nn.Module:
     whose reader has neither stays, as does one that is not zero under zero padding, where the border would differ.
     Every group keeps a channel. Numbers that the forward derives from the size of its inputs count as fixed.
 
-    One trace and one pass for constants are enough, since cutting makes no new ones. Dropping a channel may empty
-    the channels that made it; groups are swept from the last to the first until a sweep finds nothing, two sweeps on
-    a chain, and never more than one per group, plus one.
+    Cutting makes no new constants, but dropping a channel may empty those that made it: groups are swept from the
+    last to the first until a sweep finds nothing, two sweeps on a chain, at most one per group and one more. Then the
+    smaller network is looked at again, because where convolution groups went others may be cut now: two rounds for
+    most networks, and never more than channels, since every round but the last removes some.
 
     Args:
         model: any nn.Module, left as it is.
@@ -43,11 +44,19 @@ def tidy(model: nn.Module, example_inputs: Any) -> nn.Module:
     Raises:
         TraceError: the forward fails on the example inputs.
     """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    small = model
+    while (plan := _plan(small, inputs)).keep:
+        small = compact(small, plan)
+    return compact(model, PruningPlan()) if small is model else small
+
+
+def _plan(model: nn.Module, inputs: tuple[Any, ...]) -> PruningPlan:
+    """What one trace finds that can go; the biases in it take up what the channels added."""
     plain = _plain(model)
     named = dict(plain.named_parameters()) | dict(plain.named_buffers())
     if not any(_has_zeros(name, tensor.detach()) for name, tensor in named.items()):
-        return compact(model, PruningPlan())
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        return PruningPlan()
     check_inputs(model, inputs)
     found = survey(plain, inputs, renormalise=False)
     recording = found.recordings[0]
@@ -59,8 +68,7 @@ def tidy(model: nn.Module, example_inputs: Any) -> nn.Module:
     while any([_drop(group, keep[group], weights, shifts, reads) for group in reversed(groups)]):  # noqa: C419
         pass
     shifted = {name: (states[name].double() + shift).to(states[name].dtype) for name, shift in shifts.items()}
-    cut = {group: kept for group, kept in keep.items() if not kept.all()}
-    return compact(model, PruningPlan(cut, weights=shifted))
+    return PruningPlan({group: kept for group, kept in keep.items() if not kept.all()}, weights=shifted)
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -145,7 +153,7 @@ def _reads(recording: Recording, states: Mapping[str, Tensor]) -> dict[str, list
         for ref in op.tensors():
             users.setdefault(ref.index, set()).add(op)
             name = weight_of.get(ref.index)
-            if name is not None and ref == _weight(op):
+            if name is not None and ref == _weight(op) and op.tensors().count(ref) == 1:
                 calls.setdefault(name, []).append(op)
             elif name is not None and op not in turns:
                 busy.add(name)

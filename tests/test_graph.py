@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from sparsekit.compaction import certify, compact
 from sparsekit.cost import num_macs
-from sparsekit.errors import TraceError
+from sparsekit.errors import PlanError, TraceError
 from sparsekit.graph import ChannelGraph, trace
+from sparsekit.program import Program
 from sparsekit.record import on_meta, record
 from sparsekit.selection import keep_top
 from tests.networks import make
@@ -85,7 +86,7 @@ def test_an_op_without_a_rule_freezes_only_what_it_touches_and_is_named() -> Non
     ("middle", "reason"),
     [
         (lambda x: x[:, [0, 1, 2, 3, 4, 5, 6, 7]], "index picks channels by their numbers"),
-        (lambda x: x * torch.ones(1, 8, 1, 1), "meets a tensor whose channels are fixed"),
+        (lambda x: x * torch.arange(8.0).view(1, 8, 1, 1), "meets a tensor whose channels are fixed"),
         (lambda x: x - x.mean(1, keepdim=True), "mean runs over the channels; renormalise=True offers them"),
         (lambda x: x.softmax(1), "softmax normalises over the channels; renormalise=True offers them"),
         (lambda x: F.avg_pool2d(x.permute(0, 2, 3, 1), 1).permute(0, 3, 1, 2), "avg_pool2d runs over the channels"),
@@ -93,7 +94,6 @@ def test_an_op_without_a_rule_freezes_only_what_it_touches_and_is_named() -> Non
             lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2),
             "LayerNorm normalises over the channels; renormalise=True offers them",
         ),
-        (lambda x: x.transpose(1, 2).reshape(2, 4, 16, 8).reshape(2, 8, 8, 8), "mixes the channel dimension"),
     ],
 )
 def test_what_cannot_be_cut_is_kept_with_its_reason(middle: Callable[[Tensor], Tensor], reason: str) -> None:
@@ -194,7 +194,7 @@ def test_grouped_convolutions_are_cut_where_most_channels_can_be_chosen(
     assert_cuts_exactly(graph)
 
 
-def test_a_grouped_convolution_whose_groups_are_a_literal_is_kept() -> None:
+def test_a_grouped_convolution_whose_groups_are_a_literal_is_cut_in_a_program() -> None:
     class Functional(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -204,19 +204,29 @@ def test_a_grouped_convolution_whose_groups_are_a_literal_is_kept() -> None:
             return F.conv2d(x, self.weight, padding=1, groups=8)
 
     graph = trace(Functional(), X)
-    assert graph.groups == ()
-    assert "groups is not an attribute" in graph.refusals[0].reason
+    assert groups(graph) == {"a": 8}
+    assert "groups is not an attribute" in graph.groups[0].fixed_by
+    plan = keep_top({graph.groups[0]: torch.arange(8.0)}, {graph.groups[0]: 3})
+    small = compact(graph.model, plan, X)
+    assert isinstance(small, Program)
+    assert certify(graph.model, plan, small, X).holds
+    with pytest.raises(PlanError, match=r"group 'a': tests/test_graph.py:\d+, aten::convolution: .*as_='graph'"):
+        compact(graph.model, plan, X, as_="module")
+    with pytest.raises(PlanError, match="needs example_inputs"):
+        compact(graph.model, plan)
 
 
-def test_option_a_shortcuts_carry_their_channels_and_hold_the_padded_ones() -> None:
+def test_option_a_shortcuts_carry_their_channels_through_the_padding() -> None:
     network, x = make("resnet20")
     graph = trace(network, x)
     inner = {f"layer{stage}.{block}.conv1": 16 * 2 ** (stage - 1) for stage in (1, 2, 3) for block in range(3)}
-    assert groups(graph) == inner | {"conv1": 16}
-    assert {refusal.op for refusal in graph.refusals} == {"constant_pad_nd"}
-    stream = graph.groups[0]
-    last = next(slot for slot in stream.slots if slot.tensor == "linear.weight")
+    assert groups(graph) == inner | {"conv1": 16, "layer2.0.conv2": 16, "layer3.0.conv2": 32}
+    assert graph.refusals == ()
+    by_name = {group.name: group for group in graph.groups}
+    last = next(slot for slot in by_name["conv1"].slots if slot.tensor == "linear.weight")
     assert last.index.flatten().tolist() == list(range(24, 40))  # 16 of 64, in the middle
+    assert not by_name["conv1"].fixed_by
+    assert "pads a fixed number of channels" in by_name["layer3.0.conv2"].fixed_by
 
 
 def test_heads_that_run_only_in_training_are_cut_with_their_trunk() -> None:

@@ -59,7 +59,7 @@ def test_mask_and_compact_agree_and_the_input_model_is_untouched(name: str) -> N
     before, modes = snapshot(graph.model), [m.training for m in graph.model.modules()]
     plan = random_plan(graph)
     assert plan.keep
-    small = compact(graph.model, plan)
+    small = compact(graph.model, plan, x)
     certificate = certify(graph.model, plan, small, (x,))
     assert certificate.holds, certificate
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in graph.model.parameters())
@@ -71,7 +71,7 @@ def test_mask_and_compact_agree_and_the_input_model_is_untouched(name: str) -> N
 def test_mask_and_compact_agree_when_kept_channels_rebuild_the_dropped(name: str) -> None:
     graph, x = traced(name)
     plan = random_plan(graph, merge=True)
-    small = compact(graph.model, plan)
+    small = compact(graph.model, plan, x)
     assert certify(graph.model, plan, small, (x,)).holds
     dropped = PruningPlan(plan.keep)
     difference = certify(graph.model, dropped, small, (x,)).max_relative_error
@@ -105,7 +105,7 @@ def test_costs_predicted_from_counts_are_those_of_the_network_that_was_cut(name:
     graph, x = traced(name)
     plan = random_plan(graph)
     kept = {group: int(keep.sum()) for group, keep in plan.keep.items()}
-    small = compact(graph.model, plan)
+    small = compact(graph.model, plan, x)
     again = trace(small, x)
     assert num_macs(again) == num_macs(graph, kept) < num_macs(graph)
     assert num_params(graph, kept) == sum(p.numel() for p in small.parameters())
@@ -113,14 +113,14 @@ def test_costs_predicted_from_counts_are_those_of_the_network_that_was_cut(name:
 
 @pytest.mark.parametrize("name", ["resnet20", "tv_densenet121", "tv_resnext50"])
 def test_a_plan_survives_its_files_and_applies_without_tracing(name: str, tmp_path: Path) -> None:
-    graph, _ = traced(name)
+    graph, x = traced(name)
     plan = random_plan(graph, merge=True)
     first = next(iter(dict(graph.model.named_parameters())))
     weight = graph.model.get_parameter(first).detach()
     full = PruningPlan(plan.keep, plan.merge, {first: weight > 0}, {first: weight * 2})
     full.save(tmp_path / "plan.json", tmp_path / "plan.safetensors")
     loaded = PruningPlan.load(tmp_path / "plan.json", tmp_path / "plan.safetensors")
-    assert_equal(snapshot(compact(graph.model, loaded)), snapshot(compact(graph.model, full)))
+    assert_equal(snapshot(compact(graph.model, loaded, x)), snapshot(compact(graph.model, full, x)))
     assert_equal(snapshot(mask(graph.model, loaded)), snapshot(mask(graph.model, full)))
 
 
@@ -140,7 +140,7 @@ def test_a_budget_is_met_and_nothing_more_would_fit(name: str, method: str, budg
     graph, x = traced(name)
     parsed = Budget.parse(budget)
     plan = PRUNERS[method]()(graph, parsed, None)
-    small = compact(graph.model, plan)
+    small = compact(graph.model, plan, x)
     kept = {group: int(keep.sum()) for group, keep in plan.keep.items()}
 
     def cost(counts: dict[ChannelGroup, int]) -> float:
@@ -187,7 +187,7 @@ def test_a_plan_for_another_network_is_refused_by_name() -> None:
     graph, _ = traced("resnet20")
     other, _ = make("lenet5")
     with pytest.raises(PlanError, match=r"group '.*': the model has no '.*'"):
-        compact(other, random_plan(graph))
+        compact(other, random_plan(graph), torch.zeros(2, 1, 28, 28))
     narrow = copy.deepcopy(graph.model)
     narrow.set_submodule("layer1.0.conv1", nn.Conv2d(16, 4, 3))
     with pytest.raises(PlanError, match=r"'layer1.0.conv1.*has 4 positions"):

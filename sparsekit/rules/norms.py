@@ -19,6 +19,10 @@ def batch_norm(op: Op, coupling: Coupling) -> Sequence[Labels]:
     for ref in states:
         if ref is not None and x.shape[1] > 1:
             channel = coupling.unite(channel, coupling.labels(ref)[0])
+    num_features = op.attributes.get("num_features", 0)
+    if channel is not None and not any(states) and 0 < num_features <= len(channel):
+        # InstanceNorm sees the channels of all examples one after the other.
+        coupling.attribute(f"{op.module}.num_features", channel[:num_features])
     if op.args.get("training") or op.args.get("running_mean") is None:
         for label in (labels[0], *labels[2:]):
             coupling.renormalise(label, "the statistics run over the channels")
@@ -51,6 +55,7 @@ def group_norm(op: Op, coupling: Coupling) -> Sequence[Labels]:
         if op.args[name] is not None:
             channel = coupling.unite(channel, coupling.labels(op.args[name])[0])
     coupling.freeze(labels[2:], "GroupNorm runs over the channels")
+    groups: Label | None = None
     if channel is not None and num_norm_groups == 1:
         coupling.renormalise(channel, "GroupNorm normalises over the channels")
     elif channel is not None:
@@ -60,7 +65,7 @@ def group_norm(op: Op, coupling: Coupling) -> Sequence[Labels]:
         else:
             coupling.fix(groups, "the number of normalisation groups is not an attribute of the module")
         channel = coupling.unite(channel, np.repeat(groups, x.shape[1] // num_norm_groups, axis=0))
-    return [(labels[0], channel, *labels[2:]), *((None,) * len(ref.shape) for ref in op.outputs[1:])]
+    return [(labels[0], channel, *labels[2:]), *[(labels[0], groups)] * 2]
 
 
 def softmax(op: Op, coupling: Coupling) -> Sequence[Labels]:
@@ -94,6 +99,6 @@ def _reduce(op: Op, coupling: Coupling, label: Label | None, *, vanishes: bool) 
     if label is None:
         return
     if vanishes:
-        coupling.silent.append(label)
+        coupling.silence(label)
     else:
         coupling.renormalise(label, f"{op.name} runs over the channels")

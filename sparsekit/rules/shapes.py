@@ -27,9 +27,17 @@ def permute(op: Op, coupling: Coupling) -> Sequence[Labels]:
 
 
 def expand(op: Op, coupling: Coupling) -> Sequence[Labels]:
-    """New and grown dimensions hold no channel, the others keep theirs."""
+    """Grown dimensions hold the same everywhere: any position may go, with whatever it meets. The others stay."""
     source, (out,) = op.args["self"], op.outputs
-    return [(None,) * (len(out.shape) - len(source.shape)) + coupling.labels(source)]
+    num_new = len(out.shape) - len(source.shape)
+    before = (1,) * num_new + source.shape
+    given = (None,) * num_new + coupling.labels(source)
+    return [
+        tuple(
+            coupling.fresh(after) if after > size else label
+            for size, after, label in zip(before, out.shape, given, strict=True)
+        )
+    ]
 
 
 def repeat(op: Op, coupling: Coupling) -> Sequence[Labels]:
@@ -208,8 +216,12 @@ def cat(op: Op, coupling: Coupling) -> Sequence[Labels]:
     result: list[Label | None] = []
     for axis in range(rank):
         labels = [coupling.labels(ref)[axis] for ref in parts]
-        if all(label is None for label in labels):
-            result.append(None)
+        if all(label is None or coupling.is_static(ref) for ref, label in zip(parts, labels, strict=True)):
+            # Learned tokens beside tokens of the input; weights beside weights are all labelled.
+            whole = None not in labels
+            result.append(joined(labels) if whole and axis == dim else coupling.unite(*labels) if whole else None)
+            if not whole:
+                coupling.freeze(labels, "is joined with positions that are no channels", report=False)
         elif axis == dim:
             known = [
                 _constant(coupling, ref.shape[axis]) if label is None else label
