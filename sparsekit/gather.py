@@ -82,5 +82,7 @@ def _without_dropped(
 def _call(op: Op, args: dict[str, Any]) -> list[Tensor]:
     named = {argument.name for argument in op.func._schema.arguments if argument.kwarg_only}
     positional = [value for name, value in args.items() if name not in named]
-    result = op.func(*positional, **{name: value for name, value in args.items() if name in named})
+    # What was put together again has other strides than the op's own output had.
+    func = torch.ops.aten.reshape.default if op.name == "view" else op.func
+    result = func(*positional, **{name: value for name, value in args.items() if name in named})
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,86 +12,90 @@ from torch._ops import OpOverload
 from sparsekit.steps import Batch, OfModel, Pass, Step, Structure, Value, operator, values
 
 Join = Callable[[Any, Any], Any]  # of two values that differ, one that stands for both, or None
+Alone = Callable[[Step], Step]  # a copy that only the first recording makes, as the joined pass has it
 
 
-def renumbered(draft: Pass) -> Pass:
-    """Tensors numbered in the order of the steps, so that two recordings agree whatever they left out."""
-    made = [
-        index for copies in (False, True) for step in draft.steps if _copies(step) == copies for index in step.outputs
-    ]
-    numbers = {old: new for new, old in enumerate(dict.fromkeys([*draft.inputs, *draft.states, *made]))}
+def joined(first: Pass, other: Pass, join: Join, alone: Alone = lambda step: step) -> Pass | None:
+    """`first` with the values that differ from those in `other` joined; None where they have no more in common.
 
-    def new(argument: Any) -> Any:
-        if isinstance(argument, Value):
-            return Value(numbers[argument.index])
-        if isinstance(argument, Structure):
-            return replace(argument, items=tuple(map(new, argument.items)))
-        return [new(item) for item in argument] if isinstance(argument, list) else argument
+    Steps that only copy, to make a tensor contiguous or of another floating-point type, may be missing from either:
+    whether they are needed depends on sizes and types.
+    """
+    joining = _Joining(join)
+    names = {name: index for index, name in first.states.items()}
+    if len(first.inputs) != len(other.inputs) or names.keys() != set(other.states.values()):
+        return None
+    joining.meet(first.inputs, other.inputs)
+    joining.meet([names[name] for name in other.states.values()], other.states)
+    steps = tuple(_joined_steps(first.steps, other.steps, joining, alone))
+    shapes = joining(first.shapes, other.shapes)
+    joining(first.returned, other.returned)
+    return replace(first, shapes=shapes, steps=steps) if joining.agrees else None
 
-    steps = tuple(
-        replace(
-            step,
-            args={name: new(argument) for name, argument in step.args.items()},
-            outputs=tuple(numbers[index] for index in step.outputs),
-        )
-        for step in draft.steps
-    )
-    states = {numbers[index]: name for index, name in draft.states.items()}
-    inputs = tuple(numbers[index] for index in draft.inputs)
-    return Pass(inputs, draft.shapes, states, steps, new(draft.returned))
+
+def _joined_steps(mine: tuple[Step, ...], theirs: tuple[Step, ...], joining: _Joining, alone: Alone) -> Iterator[Step]:
+    ahead, waiting = list(reversed(mine)), list(reversed(theirs))
+    while joining.agrees and (ahead or waiting):
+        a, b = ahead[-1] if ahead else None, waiting[-1] if waiting else None
+        if a and b and a.op == b.op and (not _copies(a) or joining.are_same(values(a.args), values(b.args))):
+            yield joining(ahead.pop(), waiting.pop())
+        elif a and _copies(a):
+            joining.pass_over(ahead.pop())
+            yield alone(a)
+        elif b and _copies(b):
+            joining.pass_over(waiting.pop(), theirs=True)
+        else:
+            joining.agrees = False
 
 
 def _copies(step: Step) -> bool:
-    """Whether it only makes a tensor contiguous: whether that is needed depends on sizes."""
-    return step.op == "aten.clone.default" and step.args["memory_format"] is torch.contiguous_format
-
-
-def joined(first: Pass, other: Pass, join: Join) -> Pass | None:
-    """`first` with the values that differ from those in `other` joined; None where they have no more in common."""
-    joining = _Joining(join, _roots(first), _roots(other))
-    steps, others = ([step for step in one.steps if not _copies(step)] for one in (first, other))
-    if len(steps) != len(others):
-        return None
-    rows = iter(joining(steps, others))
-    both = replace(
-        first,
-        shapes=joining(first.shapes, other.shapes),
-        steps=tuple(step if _copies(step) else next(rows) for step in first.steps),
-    )
-    joining((first.inputs, first.states, first.returned), (other.inputs, other.states, other.returned))
-    return both if joining.agrees else None
-
-
-def _roots(one: Pass) -> dict[int, int]:
-    """Contiguous copies -> what they are copies of."""
-    roots: dict[int, int] = {}
-    for step in one.steps:
-        if _copies(step):
-            ((source,), (copy,)) = values(step.args), step.outputs
-            roots[copy] = roots.get(source, source)
-    return roots
+    if step.op == "aten.clone.default":
+        return step.args.get("memory_format") is torch.contiguous_format
+    dtype = step.args.get("dtype")
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return step.op == "aten.to.dtype" or (step.op == "aten._to_copy.default" and is_float)
 
 
 class _Joining:
     """Joins two values, part by part; `agrees` turns False where they differ."""
 
-    def __init__(self, join: Join, *roots: dict[int, int]) -> None:
+    def __init__(self, join: Join) -> None:
         self.agrees = True
         self._join = join
-        self._roots = roots
+        self._mine: dict[int, int] = {}  # copies -> what they are copies of
+        self._theirs: dict[int, int] = {}  # a tensor of the other pass -> the one it is here
+
+    def meet(self, mine: Any, theirs: Any) -> None:
+        """Each of `mine` is each of `theirs`."""
+        self._theirs |= {b: self._mine.get(a, a) for a, b in zip(mine, theirs, strict=True)}
+
+    def pass_over(self, step: Step, *, theirs: bool = False) -> None:
+        """A copy that the other recording does not make is what it is a copy of."""
+        (source,), (copy,) = values(step.args), step.outputs
+        found = self._theirs if theirs else self._mine
+        found[copy] = found.get(source, source)
+
+    def are_same(self, mine: list[int], theirs: list[int]) -> bool:
+        """Whether these are the same tensors."""
+        return [self._mine.get(a, a) for a in mine] == [self._theirs.get(b, -1) for b in theirs]
 
     def __call__(self, a: Any, b: Any) -> Any:
+        if isinstance(a, Step) and isinstance(b, Step):
+            self.agrees &= len(a.outputs) == len(b.outputs) and (a.op, a.no_grad) == (b.op, b.no_grad)
+            args = self(a.args, b.args)
+            if self.agrees:
+                self.meet(a.outputs, b.outputs)
+            return replace(a, args=args)
+        if isinstance(a, Value) and isinstance(b, Value):
+            self.agrees &= self.are_same([a.index], [b.index])
+            return a
         if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
             return type(a)(self(x, y) for x, y in zip(a, b, strict=True))
         if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
             return {name: self(a[name], b[name]) for name in a}
-        if isinstance(a, Step | Structure) and type(a) is type(b):
+        if isinstance(a, Structure) and isinstance(b, Structure):
             parts = {field.name: self(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)}
-            return type(a)(**parts)
-        if isinstance(a, Value) and isinstance(b, Value):
-            mine, theirs = (roots.get(x.index, x.index) for roots, x in zip(self._roots, (a, b), strict=True))
-            self.agrees &= mine == theirs
-            return a
+            return Structure(**parts)
         if type(a) is type(b) and (a == b or a != a):  # NaN
             return a
         result = self._join(a, b)
@@ -100,14 +104,23 @@ class _Joining:
 
 
 def join_batch(size: int, a: Any, b: Any) -> Any:
-    is_multiple = type(a) is int and type(b) is int and a % size == 0 and a // size * (size + 1) == b
-    if is_multiple:
+    """Numbers of which the second, at one example more, is the same multiple of the batch size."""
+    if type(a) is int and type(b) is int and a % size == 0 and a // size * (size + 1) == b:
         return Batch(a // size)
     return a if isinstance(a, OfModel) else None
 
 
-def join_dtype(dtype: torch.dtype, other: torch.dtype, a: Any, b: Any) -> Any:
-    return OfModel("dtype") if (a, b) == (dtype, other) else None
+def join_dtype(mine: torch.dtype, theirs: torch.dtype, a: Any, b: Any) -> Any:
+    """Dtypes that are those of the parameters."""
+    return OfModel("dtype") if (a, b) == (mine, theirs) else None
+
+
+def cast_alone(dtype: torch.dtype, step: Step) -> Step:
+    """A cast that networks of another dtype than `dtype` need not make."""
+    if step.op != "aten._to_copy.default":
+        return step
+    wanted = OfModel("dtype") if step.args["dtype"] is dtype else step.args["dtype"]
+    return replace(step, op="aten.to.dtype", args={"self": step.args["self"], "dtype": wanted})
 
 
 def finished(draft: Pass) -> Pass:

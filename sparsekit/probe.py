@@ -47,8 +47,13 @@ class Probe:
     """Compares the forward pass of a network cut at random with what its coupling predicts."""
 
     def __init__(
-        self, twin: nn.Module, inputs: tuple[Any, ...], recordings: list[Recording], labels: list[dict[int, Labels]]
+        self,
+        twin: nn.Module,
+        inputs: tuple[tuple[Any, ...], tuple[Any, ...]],
+        recordings: list[Recording],
+        labels: list[dict[int, Labels]],
     ) -> None:
+        """`inputs` of the pass in eval mode, and of the one in training mode."""
         self._twin = twin
         self._inputs = inputs
         self._recordings = recordings
@@ -162,7 +167,7 @@ class Probe:
             return None
         small = cut(self._twin, PruningPlan(keep))
         for number, (recording, mode) in enumerate(zip(self._recordings, (False, True), strict=False)):
-            again = record(small.train(mode), self._inputs)
+            again = record(small.train(mode), self._inputs[mode])
             compare = _compare_layers if self._loose else _compare
             found = compare(recording, again, self._labels[number], _Predicted(channels, alive))
             if found is not None:

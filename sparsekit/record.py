@@ -105,7 +105,8 @@ class Recording:
         outputs: the tensors among what the forward returned, flattened.
         error: what stopped the pass, if anything did: the ops up to there are still listed.
         inputs: the tensors among the example inputs, flattened.
-        constants: the tensors that ops read and that are none of the above nor made by an op, by `Ref.index`.
+        constants: the tensors that ops read and that are none of the above nor made by an op, by `Ref.index`, as they
+            were when first read.
         returned: what the forward returned, tensors as `Ref`, unknown classes as dicts of their attributes.
         failed: the op that raised `error`, its outputs empty; None where the user's own Python did.
     """
@@ -188,7 +189,7 @@ class _Recorder(TorchDispatchMode):
         known = self._states.get(_storage(tensor))
         if known is None:
             known = self.made(tensor)
-            self.constants[known.index] = tensor
+            self.constants[known.index] = tensor.detach().clone()
         return known
 
     def _known(self, tensor: Tensor) -> Ref | None:
@@ -198,17 +199,17 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        bound = self._bind(func, args, kwargs)  # before it writes into a constant
         try:
             result = self._run(func, args, kwargs or {})
         except Exception as error:
-            self.failed = (error, self._op(func, args, kwargs, ()))
+            self.failed = (error, self._op(func, bound, ()))
             raise
-        self.ops.append(self._op(func, args, kwargs, result))
+        self.ops.append(self._op(func, bound, result))
         return result
 
-    def _op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None, result: Any) -> Op:
+    def _op(self, func: OpOverload, bound: dict[str, Any], result: Any) -> Op:
         name, _, _ = _signature(func)
-        bound = self._bind(func, args, kwargs)
         if isinstance(result, Tensor):
             outputs: tuple[Ref, ...] = (self.made(result),)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import is_namedtuple_instance, tree_leaves, tree_map_only
+from torch.utils._pytree import is_namedtuple_instance
 
 from sparsekit.coupling import Labels
 from sparsekit.errors import PlanError
-from sparsekit.joining import Join, finished, join_batch, join_dtype, joined, renumbered
-from sparsekit.meta import on_cpu, on_meta
+from sparsekit.joining import cast_alone, finished, join_batch, join_dtype, joined
 from sparsekit.program import Program
-from sparsekit.record import Op, Recording, Ref, record
+from sparsekit.record import Op, Recording, Ref
 from sparsekit.rewriting import Living, rewrite
 from sparsekit.steps import OfModel, Pass, Step, Structure, Value
+from sparsekit.takes import Takes, take
 
 # Recordings of one model -> the labels of each, by `Ref.index`, and bool [num_atoms], which atoms are alive.
 LivingOf = Callable[[list[Recording]], tuple[list[dict[int, Labels]], NDArray[np.bool_]]]
@@ -47,10 +47,10 @@ def as_program(model: nn.Module, small: nn.Module, example_inputs: tuple[Any, ..
         PlanError: the forward fails, or follows the values of tensors; an op numbers what is cut and has no rule.
     """
     states = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
-    evaluated = _takes(model, example_inputs, training=False)
+    evaluated = take(model, example_inputs, training=False)
     trained: Pass | str
     try:
-        both = [evaluated, _takes(model, example_inputs, training=True)]
+        both = [evaluated, take(model, example_inputs, training=True)]
         (passed, trained), constants = _passes(both, living, states)
     except PlanError as error:
         (passed,), constants = _passes([evaluated], living, states)
@@ -59,89 +59,25 @@ def as_program(model: nn.Module, small: nn.Module, example_inputs: tuple[Any, ..
     return program.train(small.training)
 
 
-@dataclass(frozen=True, eq=False)
-class _Take:
-    """One of several recordings of a pass, and how its numbers are joined to the first one's."""
-
-    recording: Recording
-    join: Join
-
-
-def _takes(model: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[_Take]:
-    """The pass on the example; with one example more; and in another dtype, if it names one."""
-    sizes = {leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()}
-    size = sizes.pop() if len(sizes) == 1 else 0  # 0: no first dimension that all share
-    if size == 1 and training:  # batch norm does not train on one example
-        size, inputs = 2, _with_batch(inputs, 2)
-    first = _recorded(model, inputs, training=training)
-    if first.error is not None:
-        raise PlanError(f"the forward fails on the example inputs: {first.error}") from first.error
-    takes = [_Take(first, lambda a, b: None)]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    if any(value is dtype for op in first.ops for value in op.args.values()):
-        other = torch.float32 if dtype is torch.float64 else torch.float64
-        takes.append(_Take(_recorded(model, inputs, training=training, dtype=other), partial(join_dtype, dtype, other)))
-    if size:
-        more = _recorded(model, _with_batch(inputs, size + 1), training=training)
-        takes.append(_Take(more, partial(join_batch, size)))
-    return [take for take in takes if take.recording.error is None]
-
-
-def _with_batch(inputs: Any, size: int) -> Any:
-    return tree_map_only(Tensor, lambda x: x[torch.arange(size, device=x.device) % len(x)] if x.dim() else x, inputs)
-
-
-def _recorded(
-    model: nn.Module, inputs: tuple[Any, ...], *, training: bool, dtype: torch.dtype | None = None
-) -> Recording:
-    """On shapes alone; on a real copy where the forward needs values, or makes constants that the steps need.
-
-    Raises:
-        PlanError: what the forward does depends on values of its inputs.
-    """
-    for twin_of in (on_meta, on_cpu):
-        twin = twin_of(model).train(training)
-        if dtype is not None:
-            twin = twin.to(dtype)
-            inputs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
-        recording = record(twin, inputs)
-        if recording.error is None and not any(value.is_meta for value in recording.constants.values()):
-            break
-    fixed = {name for name, buffer in twin.named_buffers() if not buffer.is_floating_point()}
-    _refuse_values(recording, fixed, _READS if twin_of is on_meta else _READS | _SIZES)
-    return recording
-
-
-_READS, _SIZES = {torch.Tag.data_dependent_output}, {torch.Tag.dynamic_output_shape}
-
-
-def _refuse_values(recording: Recording, fixed: set[str], tags: set[torch.Tag]) -> None:
-    """Numbers read from tensors, and sizes that follow values, are those of the example alone."""
-    static = recording.constants.keys() | {recording.states[name].index for name in fixed}
-    for op in recording.ops:
-        inputs = {ref.index for ref in op.tensors()}
-        if inputs <= static and torch.Tag.nondeterministic_seeded not in op.func.tags:
-            static |= {ref.index for ref in op.outputs}
-        elif tags & set(op.func.tags) or op.name == "torchvision::nms":
-            name = op.name if "::" in op.name else f"aten::{op.name}"
-            raise PlanError(f"{op.source}, {name}: the forward follows values of tensors here, and cannot be replayed")
-        elif op.func._schema.is_mutable and inputs & static:
-            static = set()  # a view of others may have been written to
-
-
-def _passes(
-    modes: list[list[_Take]], living: LivingOf, states: Mapping[str, Tensor]
-) -> tuple[list[Pass], dict[str, Tensor]]:
+def _passes(modes: list[Takes], living: LivingOf, states: Mapping[str, Tensor]) -> tuple[list[Pass], dict[str, Tensor]]:
     """A pass per mode, and the constants that they read by name."""
-    labels, alive = living([take.recording for takes in modes for take in takes])
-    rows = iter(labels)
+    recordings = [recording for takes in modes for recording in takes.all()]
+    labels, alive = living(recordings)
+    rows = dict(zip(map(id, recordings), labels, strict=True))
     constants: dict[str, Tensor] = {}
+
+    def draft(recording: Recording) -> Pass:
+        return _draft(recording, Living(rows[id(recording)], alive), states, constants)
+
     passes = []
     for takes in modes:
-        first, *others = [_draft(take.recording, Living(next(rows), alive), states, constants) for take in takes]
-        for take, other in zip(takes[1:], others, strict=True):
-            first = joined(first, other, take.join) or first
-        passes.append(finished(first))
+        one = draft(takes.first)
+        if takes.wide is not None:
+            dtypes, cast = partial(join_dtype, takes.other, takes.dtype), partial(cast_alone, takes.other)
+            one = joined(draft(takes.wide), one, dtypes, cast) or one
+        if takes.more is not None:
+            one = joined(one, draft(takes.more), partial(join_batch, takes.size)) or one
+        passes.append(finished(one))
     used = {name for one in passes for name in one.states.values()}
     return passes, {name: value for name, value in constants.items() if name in used}
 
@@ -170,7 +106,7 @@ def _draft(recording: Recording, living: Living, states: Mapping[str, Tensor], c
         names[index] = _named(value, constants, states)
     inputs = tuple(ref.index for ref in recording.inputs)
     shapes = tuple(tuple(ref.shape) for ref in recording.inputs)
-    return renumbered(Pass(inputs, shapes, names, tuple(steps), _structured(recording.returned)))
+    return Pass(inputs, shapes, names, tuple(steps), _structured(recording.returned))
 
 
 def _append(steps: list[Step], op: Op, living: Living) -> None:

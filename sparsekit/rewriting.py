@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,20 +35,24 @@ class Living:
 
     labels: Mapping[int, Labels]
     alive: Mask
+    _masks: dict[int, list[Mask]] = field(default_factory=dict)
+
+    def masks(self, ref: Ref) -> list[Mask]:
+        """Which positions are left, bool [size] per dimension."""
+        known = self._masks.get(ref.index)
+        if known is None:
+            labels = self.labels.get(ref.index, (None,) * len(ref.shape))
+            known = self._masks[ref.index] = [
+                np.ones(size, dtype=bool) if label is None else np.asarray(self.alive[label].all(axis=1))
+                for size, label in zip(ref.shape, labels, strict=False)
+            ]
+        if len(known) != len(ref.shape):
+            raise PlanError(f"a tensor of shape {list(ref.shape)} changed its rank in place: it cannot be cut")
+        return known
 
     def mask(self, ref: Ref, dim: int) -> Mask:
         """Which positions along `dim` are left, bool [size]."""
-        labels = self.labels.get(ref.index)
-        if labels is not None and len(labels) != len(ref.shape):
-            raise PlanError(f"a tensor of shape {list(ref.shape)} changed its rank in place")
-        label = labels[dim] if labels is not None else None
-        if label is None:
-            return np.ones(ref.shape[dim], dtype=bool)
-        return np.asarray(self.alive[label].all(axis=1))
-
-    def masks(self, ref: Ref) -> list[Mask]:
-        """Which positions are left, a mask per dimension."""
-        return [self.mask(ref, dim) for dim in range(len(ref.shape))]
+        return self.masks(ref)[dim]
 
     def shape(self, ref: Ref) -> list[int]:
         """The shape that is left."""
@@ -56,7 +60,7 @@ class Living:
 
     def is_cut(self, ref: Ref, dim: int | None = None) -> bool:
         """Whether anything along `dim` is gone, or along any dimension."""
-        if ref.index not in self.labels:
+        if all(label is None for label in self.labels.get(ref.index, ())):
             return False
         return not all(mask.all() for mask in (self.masks(ref) if dim is None else [self.mask(ref, dim)]))
 

@@ -70,11 +70,11 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """`model`, or a copy where a weight to be changed is one that its module computes from others."""
+    """`model`; or a copy without what modules keep, their computed weights made parameters where the plan cuts them."""
     paths = {slot.tensor.rpartition(".")[0] for group in plan.keep for slot in group.slots}
     known = dict(model.named_modules())
     computing = [path for path in paths if path in known and is_computed(known[path])]
-    if computing:
+    if computing or _kept(model):
         model = copied(model)
         for path in computing:
             bake(model.get_submodule(path))
@@ -117,21 +117,23 @@ def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         old = tensor_of(model, name)
         new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         memo[id(old)] = new
-    # An activation that a module keeps, in a cache or for a hook, is no leaf, and torch refuses to copy it.
-    kept = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    memo |= {id(leaf): leaf.detach().clone() for leaf in kept if not leaf.is_leaf}
+    kept = _kept(model)
+    # Torch refuses to copy what is no leaf.
+    memo |= {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
     small = copy.deepcopy(model, memo)
-    if any(not leaf.is_leaf for leaf in kept):
-        _forget(small)
+    if kept:  # modules that keep activations for inference drop them when training begins
+        modes = [(module, module.training) for module in small.modules()]
+        small.train()
+        for module, mode in modes:
+            module.training = mode
     return small
 
 
-def _forget(network: nn.Module) -> None:
-    """Modules that keep activations for inference drop them when training begins."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.train()
-    for module, mode in modes:
-        module.training = mode
+def _kept(model: nn.Module) -> list[Tensor]:
+    """Tensors that modules keep beside their parameters and buffers, in a cache or for a hook."""
+    states = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    leaves = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in states]
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

@@ -56,7 +56,7 @@ def survey(model: nn.Module, inputs: tuple[Any, ...], *, renormalise: bool) -> S
     labels = [follow(recordings[0], coupling)]
     calls = tuple(coupling.macs)
     labels += [follow(recording, coupling) for recording in recordings[1:]]
-    probe = Probe(twin, inputs, recordings, labels)
+    probe = Probe(twin, (inputs, for_training(inputs)), recordings, labels)
     while True:
         channels = connect(coupling, renormalise=renormalise)
         groups = _groups(coupling, channels, recordings)
@@ -116,6 +116,12 @@ def _plain(twin: nn.Module) -> nn.Module:
     return twin
 
 
+def for_training(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The batch twice: BatchNorm wants more than one value per channel."""
+    doubled: tuple[Any, ...] = tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, inputs)
+    return doubled
+
+
 def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
     """The pass in eval mode, and the one in training mode where that alone uses some parameters."""
     # Of copies: a forward may leave something behind that changes the next one.
@@ -124,10 +130,7 @@ def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
     idle = [name for name, _ in twin.named_parameters() if evaluated.states[name].index not in used]
     if not idle or evaluated.error is not None:
         return [evaluated]
-    training = record(copied(twin).train(), inputs)
-    if training.error is not None:  # BatchNorm wants more than one value per channel
-        doubled = tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, inputs)
-        training = record(copied(twin).train(), doubled)
+    training = record(copied(twin).train(), for_training(inputs))
     if training.error is None:
         return [evaluated, training]
     log.warning("%s: unused in eval mode, and the training pass fails: %s", idle[0], training.error)

@@ -256,7 +256,7 @@ class ChannelShuffle(Net):
         return x.view(n, self.groups, c // self.groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 
 
-@pattern(A + B, sizes=(3, 4))
+@pattern(A + B, sizes=(4,))  # the module's number of parts stays
 class ChannelShuffleOp(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -470,7 +470,8 @@ class GhostModule(Net):
         return torch.cat([x, self.cheap(x).relu()], dim=1)[:, : self.width]
 
 
-@pattern(A + B + "convs.0.weight:01 convs.1.weight:01", sizes=(4, 4, 4, 4))
+# Equal parts keep the same positions: a forward that divides what is left into equal parts goes on to do so.
+@pattern(A + B + "convs.0.weight:01 convs.1.weight:01", sizes=(4, 4))
 class Res2Net(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -834,8 +835,7 @@ class FrozenBatchNorm(Net):
     A + "norm.weight:0 c.weight:01 b.weight:1",
     args=(3, 12),
     name="GroupNorm3",
-    sizes=(3, 9),
-    renormalised_sizes=(3, 4, 9),
+    sizes=(3, 9),  # whole normalisation groups
 )
 @pattern("c.weight:0 b.weight:1", args=(1, 12), name="GroupNorm1", renormalised=A + "norm.weight:0 c.weight:1")
 class GroupNorm(Net):
@@ -1039,7 +1039,7 @@ def merge_heads(x: Tensor) -> Tensor:
     inputs=tokens,
     args=("chunk",),
     name="ChunkedAttention",
-    sizes=(3, 4, 4, 12),
+    sizes=(3, 4, 12),
 )
 class PackedAttention(Block):
     def __init__(self, how: str) -> None:
@@ -1283,7 +1283,7 @@ class SelfAttentionGan(Net):
         return self.gamma * out.view(n, c, h, w) + x
 
 
-@pattern(A + B + "temperature:0 qkv.weight:01 c.weight:01", sizes=(3, 4, 12), renormalised_sizes=(3, 4, 4, 12))
+@pattern(A + B + "temperature:0 qkv.weight:01 c.weight:01", sizes=(3, 12), renormalised_sizes=(3, 4, 12))
 class ChannelAttention(Net):
     """Restormer and XCiT: attention among channels. Queries are the stream's, the softmax runs over the keys'."""
 

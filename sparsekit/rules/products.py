@@ -169,4 +169,6 @@ def attention(op: Op, coupling: Coupling) -> Sequence[Labels]:
     _count(coupling, op, tokens, *batch, (query, -1))
     _count(coupling, op, tokens, *batch, (value, -1))
     first: Labels = (*leading, None, labels[2][-1])
-    return [first, *((None,) * len(ref.shape) for ref in op.outputs[1:])]
+    statistics: Labels = (*leading, None)  # the logarithm of the sum of each query's scores
+    others = [statistics if ref.shape == query.shape[:-1] else (None,) * len(ref.shape) for ref in op.outputs[1:]]
+    return [first, *others]

@@ -218,7 +218,7 @@ def cat(op: Op, coupling: Coupling) -> Sequence[Labels]:
         labels = [coupling.labels(ref)[axis] for ref in parts]
         if all(label is None or coupling.is_static(ref) for ref, label in zip(parts, labels, strict=True)):
             # Learned tokens beside tokens of the input; weights beside weights are all labelled.
-            whole = None not in labels
+            whole = all(label is not None for label in labels)
             result.append(joined(labels) if whole and axis == dim else coupling.unite(*labels) if whole else None)
             if not whole:
                 coupling.freeze(labels, "is joined with positions that are no channels", report=False)
@@ -272,7 +272,8 @@ def constant_pad(op: Op, coupling: Coupling) -> Sequence[Labels]:
 
 def _constant(coupling: Coupling, size: int) -> Label:
     atoms = coupling.fresh(size)
-    coupling.freeze([atoms], "a constant number of channels is added")
+    # What lost a channel's track here is named where it did.
+    coupling.freeze([atoms], "a constant number of channels is added", report=False)
     return atoms
 
 
