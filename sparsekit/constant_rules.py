@@ -65,6 +65,7 @@ def constant_reads(recording: Recording, states: Mapping[str, Tensor]) -> dict[O
 def _follow(op: Op, given: Given) -> Sequence[Constant]:
     inputs = [_item(ref, given) for ref in op.tensors()]
     rule = RULES.get(op.name)
+    # What is only moved needs no copy in float64.
     if inputs and rule not in (moved, same) and _is_pure(op) and all(item.static for item in inputs):
         result = _run(op, given)
         return [static(value) for value in ([result] if isinstance(result, Tensor) else result)]
@@ -249,7 +250,7 @@ def batch_norm(op: Op, given: Given) -> Sequence[Constant]:
     value = (x.value.double() - mean.value) / torch.sqrt(var.value + op.args["eps"]) * gamma.value + beta.value
     fixed = x.known & gamma.known & mean.known & var.known
     known = gamma.zero if op.args["training"] else gamma.zero | fixed
-    return [constant(torch.where(gamma.zero, beta.value, value), known & beta.known)]
+    return [constant(value, known & beta.known)]
 
 
 def _vector(op: Op, name: str, neutral: float, given: Given) -> Constant:

@@ -48,9 +48,8 @@ def nothing_known(rank: int) -> Constant:
 
 
 def constant(value: Tensor, known: Tensor) -> Constant:
-    """As small as broadcasting allows; what is not finite is not known."""
+    """As small as broadcasting allows."""
     value, known = _shrunk(value), _shrunk(known)
-    known = known & value.isfinite()
     return Constant(_shrunk(torch.where(known, value, torch.zeros_like(value))), _shrunk(known))
 
 
@@ -144,7 +143,7 @@ def aliases(recording: Recording) -> tuple[dict[int, int], set[int]]:
         written |= {root.get(ref.index, ref.index) for ref in touched(op, write=True)}
         for source in touched(op, write=False):
             base = root.get(source.index, source.index)
-            root.update({ref.index: base for ref in op.outputs if ref.index != base})
+            root.update({ref.index: base for ref in op.outputs})
     return root, written
 
 

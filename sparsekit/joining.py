@@ -10,6 +10,7 @@ import torch
 from torch._ops import OpOverload
 
 from sparsekit.steps import Batch, OfModel, Pass, Step, Structure, Value, operator, values
+from sparsekit.takes import Take
 
 Join = Callable[[Any, Any], Any]  # of two values that differ, one that stands for both, or None
 Alone = Callable[[Step], Step]  # a copy that only the first recording makes, as the joined pass has it
@@ -103,16 +104,16 @@ class _Joining:
         return result
 
 
-def join_batch(size: int, a: Any, b: Any) -> Any:
-    """Numbers of which the second, at one example more, is the same multiple of the batch size."""
-    if type(a) is int and type(b) is int and a % size == 0 and a // size * (size + 1) == b:
-        return Batch(a // size)
-    return a if isinstance(a, OfModel) else None
+def join(mine: Take, theirs: Take, a: Any, b: Any) -> Any:
+    """What two values are, if the first is of the one take and the second of the other; None where nothing common.
 
-
-def join_dtype(mine: torch.dtype, theirs: torch.dtype, a: Any, b: Any) -> Any:
-    """Dtypes that are those of the parameters."""
-    return OfModel("dtype") if (a, b) == (mine, theirs) else None
+    Numbers that are the same multiple of the batch size, and dtypes that are those of the parameters.
+    """
+    if isinstance(a, OfModel) or (a, b) == (mine.dtype, theirs.dtype):
+        return OfModel("dtype") if isinstance(b, torch.dtype) else None
+    if type(a) is int and type(b) is int and mine.size and a % mine.size == 0 and a // mine.size * theirs.size == b:
+        return Batch(a // mine.size)
+    return None
 
 
 def cast_alone(dtype: torch.dtype, step: Step) -> Step:

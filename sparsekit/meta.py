@@ -6,7 +6,6 @@ of what was asked before give the same answers in a tenth of the time.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+
+from sparsekit.copying import copy_module, kept_tensors
 
 _ATEN = torch.ops.aten
 Template = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -35,13 +36,9 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
         for tensor in [*model.parameters(), *model.buffers()]:
             twin = convert(tensor)
             memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-        for module in model.modules():
-            for value in vars(module).values():
-                if isinstance(value, Tensor):  # a constant; or made by a hook, and deepcopy refuses those
-                    memo.setdefault(id(value), convert(value))
-                elif isinstance(value, dict | set) and not value:
-                    memo[id(value)] = type(value)()  # a module has a dozen of them: half of deepcopy's time
-        return copy.deepcopy(model, memo)
+        for tensor in kept_tensors(model):  # constants; or made by a hook, and no leaf
+            memo.setdefault(id(tensor), convert(tensor))
+        return copy_module(model, memo)
 
 
 class MetaKernels:

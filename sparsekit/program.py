@@ -6,11 +6,9 @@ such steps, with those numbers rewritten.
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparsekit.errors import DataError, PlanError, UsageError
-from sparsekit.steps import Batch, OfModel, Pass, Structure, Value, pass_from_json, to_json
+from sparsekit.steps import Batch, OfModel, Pass, Structure, Value, namedtuple_of, pass_from_json, to_json
 
 Shape = tuple[int | None, ...]
 
@@ -30,10 +28,12 @@ class Program(nn.Module):
     """
 
     def __init__(self, states: Mapping[str, Tensor], evaluated: Pass, trained: Pass | str) -> None:
-        """Args:
-        states: parameters, and buffers as plain tensors, by name; the same object under two names is tied.
-        evaluated: the pass in eval mode.
-        trained: the pass in training mode, or why there is none.
+        """A program of two passes.
+
+        Args:
+            states: parameters, and buffers as plain tensors, by name; the same object under two names is tied.
+            evaluated: the pass in eval mode.
+            trained: the pass in training mode, or why there is none.
         """
         super().__init__()
         self._evaluated, self._trained = evaluated, trained
@@ -115,11 +115,11 @@ class Program(nn.Module):
             for used in (evaluated, *([] if isinstance(trained, str) else [trained])):
                 if not states.keys() >= set(used.states.values()):
                     raise ValueError("the steps read states that are not listed")
+            return cls(states, evaluated, trained).eval()
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"damaged program: {type(error).__name__}: {error}") from error
-        return cls(states, evaluated, trained).eval()
 
     def _batch_size(self, given: list[Tensor]) -> int:
         return next((tensor.shape[0] for tensor in given if tensor.dim()), 1)
@@ -173,12 +173,7 @@ def _build(structure: Structure, items: list[Any]) -> Any:
         return tuple(items)
     if structure.kind == "dict":
         return dict(zip(structure.keys, items, strict=True))
-    return _namedtuple(structure.kind, structure.keys)(*items)
-
-
-@cache
-def _namedtuple(name: str, fields: tuple[str, ...]) -> Any:
-    return namedtuple(name, fields)
+    return namedtuple_of(structure.kind, structure.keys)(*items)
 
 
 def _states(document: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

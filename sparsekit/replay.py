@@ -16,12 +16,12 @@ from torch.utils._pytree import is_namedtuple_instance
 
 from sparsekit.coupling import Labels
 from sparsekit.errors import PlanError
-from sparsekit.joining import cast_alone, finished, join_batch, join_dtype, joined
+from sparsekit.joining import cast_alone, finished, join, joined
 from sparsekit.program import Program
 from sparsekit.record import Op, Recording, Ref
 from sparsekit.rewriting import Living, rewrite
 from sparsekit.steps import OfModel, Pass, Step, Structure, Value
-from sparsekit.takes import Takes, take
+from sparsekit.takes import Take, takes_of
 
 # Recordings of one model -> the labels of each, by `Ref.index`, and bool [num_atoms], which atoms are alive.
 LivingOf = Callable[[list[Recording]], tuple[list[dict[int, Labels]], NDArray[np.bool_]]]
@@ -47,10 +47,10 @@ def as_program(model: nn.Module, small: nn.Module, example_inputs: tuple[Any, ..
         PlanError: the forward fails, or follows the values of tensors; an op numbers what is cut and has no rule.
     """
     states = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
-    evaluated = take(model, example_inputs, training=False)
+    evaluated = takes_of(model, example_inputs, training=False)
     trained: Pass | str
     try:
-        both = [evaluated, take(model, example_inputs, training=True)]
+        both = [evaluated, takes_of(model, example_inputs, training=True)]
         (passed, trained), constants = _passes(both, living, states)
     except PlanError as error:
         (passed,), constants = _passes([evaluated], living, states)
@@ -59,25 +59,21 @@ def as_program(model: nn.Module, small: nn.Module, example_inputs: tuple[Any, ..
     return program.train(small.training)
 
 
-def _passes(modes: list[Takes], living: LivingOf, states: Mapping[str, Tensor]) -> tuple[list[Pass], dict[str, Tensor]]:
+def _passes(
+    modes: list[list[Take]], living: LivingOf, states: Mapping[str, Tensor]
+) -> tuple[list[Pass], dict[str, Tensor]]:
     """A pass per mode, and the constants that they read by name."""
-    recordings = [recording for takes in modes for recording in takes.all()]
-    labels, alive = living(recordings)
-    rows = dict(zip(map(id, recordings), labels, strict=True))
+    labels, alive = living([take.recording for takes in modes for take in takes])
+    rows = iter(labels)
     constants: dict[str, Tensor] = {}
-
-    def draft(recording: Recording) -> Pass:
-        return _draft(recording, Living(rows[id(recording)], alive), states, constants)
-
     passes = []
     for takes in modes:
-        one = draft(takes.first)
-        if takes.wide is not None:
-            dtypes, cast = partial(join_dtype, takes.other, takes.dtype), partial(cast_alone, takes.other)
-            one = joined(draft(takes.wide), one, dtypes, cast) or one
-        if takes.more is not None:
-            one = joined(one, draft(takes.more), partial(join_batch, takes.size)) or one
-        passes.append(finished(one))
+        first, *others = [_draft(take.recording, Living(next(rows), alive), states, constants) for take in takes]
+        for take, other in zip(takes[1:], others, strict=True):
+            mine, theirs = (first, other) if take.dtype is takes[0].dtype else (other, first)
+            pair = (takes[0], take) if mine is first else (take, takes[0])
+            first = joined(mine, theirs, partial(join, *pair), partial(cast_alone, pair[0].dtype)) or first
+        passes.append(finished(first))
     used = {name for one in passes for name in one.states.values()}
     return passes, {name: value for name, value in constants.items() if name in used}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -119,6 +120,16 @@ def values(argument: Any) -> list[int]:
 
 
 @cache
+def namedtuple_of(name: str, fields: tuple[str, ...]) -> Any:
+    """A class like the one the user's forward returned.
+
+    Raises:
+        ValueError: not names.
+    """
+    return namedtuple(name, fields)
+
+
+@cache
 def operator(name: str) -> OpOverload:
     """The operator of a step.
 
@@ -192,7 +203,12 @@ def value_from_json(cell: Any) -> Any:
         return cell
     if "structure" in cell:
         keys, items = (tuple(value_from_json(cell[part])) for part in ("keys", "items"))
-        return Structure(str(cell["structure"]), keys, items)
+        kind = cell["structure"]
+        if kind not in ("list", "tuple", "dict"):
+            namedtuple_of(kind, keys)
+        if kind not in ("list", "tuple") and len(keys) != len(items):
+            raise ValueError(f"{kind} of {len(items)} items has {len(keys)} keys")
+        return Structure(kind, keys, items)
     ((kind, value),) = cell.items()
     match kind:
         case "tensor":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sparsekit.baking import bake, is_computed
+from sparsekit.copying import copy_module, kept_tensors
 from sparsekit.errors import PlanError
 from sparsekit.plan import COUNT, ChannelGroup, PruningPlan, Slot
 
@@ -74,7 +73,7 @@ def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:
     paths = {slot.tensor.rpartition(".")[0] for group in plan.keep for slot in group.slots}
     known = dict(model.named_modules())
     computing = [path for path in paths if path in known and is_computed(known[path])]
-    if computing or _kept(model):
+    if computing or kept_tensors(model):
         model = copied(model)
         for path in computing:
             bake(model.get_submodule(path))
@@ -117,23 +116,16 @@ def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         old = tensor_of(model, name)
         new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         memo[id(old)] = new
-    kept = _kept(model)
+    kept = kept_tensors(model)
     # Torch refuses to copy what is no leaf.
     memo |= {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
-    small = copy.deepcopy(model, memo)
+    small = copy_module(model, memo)
     if kept:  # modules that keep activations for inference drop them when training begins
         modes = [(module, module.training) for module in small.modules()]
         small.train()
         for module, mode in modes:
             module.training = mode
     return small
-
-
-def _kept(model: nn.Module) -> list[Tensor]:
-    """Tensors that modules keep beside their parameters and buffers, in a cache or for a hook."""
-    states = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    leaves = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in states]
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

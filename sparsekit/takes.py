@@ -15,86 +15,74 @@ from sparsekit.record import Recording, record
 
 
 @dataclass(frozen=True, eq=False)
-class Takes:
-    """Recordings of one pass, in eval or training mode.
+class Take:
+    """One recording of a pass: on inputs of this batch size, or 0 where they share none, with parameters of `dtype`."""
 
-    Attributes:
-        first: on inputs of batch size `size`.
-        more: with one example more, or None where the pass then differs, and `size` means nothing.
-        wide: with parameters of dtype `other` in place of `dtype`, or None where no op names a dtype.
-    """
-
-    first: Recording
-    more: Recording | None
-    wide: Recording | None
+    recording: Recording
     size: int
     dtype: torch.dtype
-    other: torch.dtype
-
-    def all(self) -> list[Recording]:
-        """The recordings there are."""
-        return [one for one in (self.first, self.more, self.wide) if one is not None]
 
 
-def take(model: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> Takes:
-    """Record a pass of `model`.
+def takes_of(model: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[Take]:
+    """Recordings of a pass of `model` that differ in batch size and dtype, the one on the example inputs first.
 
     Raises:
-        PlanError: it fails, or what it does depends on values of its inputs.
+        PlanError: the pass fails, or what it does depends on values of its inputs.
     """
     sizes = {leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()}
-    size = sizes.pop() if len(sizes) == 1 else 0  # 0: no first dimension that all share
-    if size == 1 and training:  # batch norm does not train on one example
-        size, inputs = 2, _with_batch(inputs, 2)
-    first = _recorded(model, inputs, training=training)
-    if first.error is not None:
-        raise PlanError(f"the forward fails on the example inputs: {first.error}") from first.error
-    own = next((op for op in first.ops if op.function), None)
-    if training and own is not None:
-        raise PlanError(f"{own.source}: {own.function} has a backward of its own, which is not recorded")
-    more = _recorded(model, _with_batch(inputs, size + 1), training=training) if size else None
-    if more is not None and not _alike(first, more):
-        # One example alone may take shorter ways: then two say what every number of them does.
-        third = _recorded(model, _with_batch(inputs, size + 2), training=training)
-        if size == 1 and _alike(more, third) and _grow(first, more, third):
-            size, inputs, first, more = 2, _with_batch(inputs, 2), more, third
+    size = sizes.pop() if len(sizes) == 1 else 0
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     other = torch.float32 if dtype is torch.float64 else torch.float64
-    wide: Recording | None
-    wide = _recorded(model, inputs, training=training, dtype=other)
-    if more is not None and more.error is not None:
-        more = None
-    if wide.error is not None or not _name_dtype(wide):
-        wide = None
-    return Takes(first, more, wide, size, dtype, other)
+
+    def taken(size: int, dtype: torch.dtype) -> Take:
+        return Take(_recorded(model, _with_batch(inputs, size), dtype, training=training), size, dtype)
+
+    # Batch norm does not train on one example.
+    first = taken(2 if size == 1 and training else size, dtype)
+    error = first.recording.error
+    if error is not None:
+        raise PlanError(f"the forward fails on the example inputs: {error}") from error
+    own = next((op for op in first.recording.ops if op.function), None)
+    if training and own is not None:
+        raise PlanError(f"{own.source}: {own.function} has a backward of its own, which is not recorded")
+    both = taken(first.size + 1 if size else 0, other)
+    if _alike(first, both):
+        return [first, both]
+    if first.size == 1:  # one example may take shorter ways, then two say what every number of them does
+        second, third = taken(2, dtype), taken(3, other)
+        if _alike(second, third) and _grow(first, second, third):
+            return [second, third]
+    one_by_one = [taken(size, other), *([taken(size + 1, dtype)] if size else [])]
+    return [first, *(take for take in one_by_one if take.recording.error is None)]
 
 
-def _alike(a: Recording, b: Recording) -> bool:
-    """Whether the same ops ran, but for copies."""
-    names = [[op.name for op in one.ops if op.name not in ("clone", "view", "_unsafe_view")] for one in (a, b)]
-    return b.error is None and names[0] == names[1]
+def _alike(a: Take, b: Take) -> bool:
+    """Whether the same ops ran, but for copies and casts."""
+    if a.recording.error is not None or b.recording.error is not None:
+        return False
+    skipped = ("clone", "view", "_unsafe_view", "_to_copy")
+    mine, theirs = ([op.name for op in take.recording.ops if op.name not in skipped] for take in (a, b))
+    return mine == theirs
 
 
-def _grow(first: Recording, second: Recording, third: Recording) -> bool:
+def _grow(first: Take, second: Take, third: Take) -> bool:
     """Whether the outputs' shapes go on from one to the next as they went before."""
-    rows = [[ref.shape for ref in one.outputs] for one in (first, second, third)]
+    rows = [[ref.shape for ref in take.recording.outputs] for take in (first, second, third)]
     ranks = [[len(shape) for shape in row] for row in rows]
     sizes = [[size for shape in row for size in shape] for row in rows]
     return ranks[0] == ranks[1] == ranks[2] and all(b - a == c - b for a, b, c in zip(*sizes, strict=True))
 
 
-def _name_dtype(recording: Recording) -> bool:
-    found = {value for op in recording.ops for value in op.args.values() if type(value) is torch.dtype}
-    return any(dtype.is_floating_point for dtype in found)
-
-
 def _with_batch(inputs: Any, size: int) -> Any:
-    return tree_map_only(Tensor, lambda x: x[torch.arange(size, device=x.device) % len(x)] if x.dim() else x, inputs)
+    """Each tensor repeated or cut to `size` along its first dimension; as they are where it is 0."""
+
+    def resized(x: Tensor) -> Tensor:
+        return x[torch.arange(size, device=x.device) % len(x)] if size and x.dim() else x
+
+    return tree_map_only(Tensor, resized, inputs)
 
 
-def _recorded(
-    model: nn.Module, inputs: tuple[Any, ...], *, training: bool, dtype: torch.dtype | None = None
-) -> Recording:
+def _recorded(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, *, training: bool) -> Recording:
     """On shapes alone; on a real copy where the forward needs values, or makes constants that the steps need.
 
     Raises:
@@ -102,7 +90,7 @@ def _recorded(
     """
     for twin_of in (on_meta, on_cpu):
         twin = twin_of(model).train(training)
-        if dtype is not None:
+        if dtype not in {parameter.dtype for parameter in twin.parameters()}:
             twin = twin.to(dtype)
             inputs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
         recording = record(twin, inputs)

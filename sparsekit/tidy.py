@@ -188,8 +188,8 @@ def _place(op: Op, users: Mapping[int, set[Op | None]]) -> tuple[Ref, Op, int] |
         scaled = op.name == "addmm" and (op.args["alpha"], op.args["beta"]) != (1, 1)
         return None if scaled or len(bias.shape) != 1 or bias.shape[0] != out.shape[1] else (bias, op, 1)
     followers = users.get(out.index, set())
-    norm = next(iter(followers)) if len(followers) == 1 else None
-    if norm is None or norm.name not in BATCH_NORM or norm.args["training"] or norm.args["input"] != out:
+    norm = next((user for user in followers if user is not None and user.name in BATCH_NORM), None)
+    if norm is None or len(followers) > 1 or norm.args["training"]:
         return None
     return norm.args["running_mean"], norm, -1
 

@@ -39,22 +39,19 @@ def replayed(model: nn.Module, *inputs: Any) -> Program:
     return as_program(model, copy.deepcopy(model), inputs, whole)
 
 
-def _googlenet() -> nn.Module:
-    return torchvision.models.googlenet(init_weights=False, aux_logits=True)
+def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None, **options)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet18": (torchvision.models.resnet18, (2, 3, 32, 32)),
-    "googlenet": (_googlenet, (2, 3, 96, 96)),  # auxiliary heads in training
-    "mobilenet_v3": (torchvision.models.mobilenet_v3_small, (1, 3, 32, 32)),  # dropout
-    "shufflenet": (torchvision.models.shufflenet_v2_x0_5, (1, 3, 32, 32)),
+    "resnet18": (_torchvision("resnet18"), (2, 3, 32, 32)),
+    "googlenet": (_torchvision("googlenet", init_weights=False), (2, 3, 96, 96)),  # auxiliary heads in training
+    "mobilenet_v3": (_torchvision("mobilenet_v3_small"), (1, 3, 32, 32)),  # dropout
+    "shufflenet": (_torchvision("shufflenet_v2_x0_5"), (1, 3, 32, 32)),
     "vit": (lambda: VisionTransformer(16, 4, 2, 3, 24, 48, dropout=0.1, attention_dropout=0.1), (2, 3, 16, 16)),
     "swin": (lambda: SwinTransformer([4, 4], 12, [2, 2], [2, 4], [4, 4], num_classes=10), (1, 3, 48, 48)),
-    "convnext": (torchvision.models.convnext_tiny, (2, 3, 32, 32)),  # stochastic depth
-    "deeplab": (
-        lambda: torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights_backbone=None),
-        (1, 3, 32, 32),
-    ),
+    "convnext": (_torchvision("convnext_tiny"), (2, 3, 32, 32)),  # stochastic depth
+    "lraspp": (_torchvision("lraspp_mobilenet_v3_large", weights_backbone=None), (1, 3, 32, 32)),
 }
 
 
@@ -120,7 +117,7 @@ X3 = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
 
 def test_numbers_that_grow_with_the_batch_do_so_in_the_program() -> None:
-    def forward(self: Lambda, x: Tensor) -> Tensor:
+    def forward(self: Lambda, x: Tensor) -> Any:
         size = x.shape[0]
         rows = self.fc(x).reshape(size * 3, 2) + torch.zeros(size * 3, 2)
         return rows.t().reshape(2, size, 3).sum(0)[: 2 * size]
@@ -181,7 +178,7 @@ def test_nested_inputs_and_the_structure_of_the_output_are_kept() -> None:
 def test_constants_are_kept_with_their_values_and_made_anew_in_every_pass() -> None:
     grid = torch.arange(6.0)
 
-    def forward(self: Lambda, x: Tensor) -> Tensor:
+    def forward(self: Lambda, x: Tensor) -> Any:
         bias = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
         bias += grid
         return self.fc(x) + bias
@@ -231,12 +228,14 @@ def test_a_program_follows_its_dtype_where_the_forward_does_and_not_where_it_nam
 
 def test_what_ran_without_grad_does_so_in_the_program() -> None:
     class Running(nn.Module):
+        mean: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(6, 6)
             self.register_buffer("mean", torch.zeros(6))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             y = self.fc(x)
             if self.training:
                 with torch.no_grad():
@@ -300,6 +299,8 @@ def test_a_forward_that_follows_values_is_refused_by_line_and_op(function: Calla
 
 def test_a_table_picked_by_a_buffer_of_indices_is_not_following_values() -> None:
     class Table(nn.Module):
+        index: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.table = nn.Parameter(torch.randn(4))
@@ -336,6 +337,12 @@ def test_a_program_survives_json_and_safetensors() -> None:
     assert again.to_json() == program.to_json()
 
 
+def test_new_tensors_are_made_where_the_parameters_are() -> None:
+    program = replayed(Lambda(_attention), X).to("meta")
+    assert program(X3.to("meta")).is_meta
+    assert program.train()(X3.to("meta")).is_meta
+
+
 def test_attention_is_one_step_with_the_dense_scale() -> None:
     program = replayed(Lambda(_attention), X)
     (step,) = (row for row in program.to_json()["eval"]["steps"] if "attention" in row["op"])
@@ -370,19 +377,27 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         _set("eval/steps/0/args/self", {"pickle": "x"}),
         _set("eval/steps", 5),
         _set("eval/returned", {"tensor": 99}),
+        _set("eval/returned", {"structure": "a b", "keys": ["x"], "items": [1]}),
+        _set("eval/returned", {"structure": "dict", "keys": ["x"], "items": []}),
         _set("eval/states", {"nothing": 1}),
         _set("eval/shapes", []),
         _set("train", None),
         _set("parameters", {"fc.weight": "gone"}),
+        _set("buffers", ["forward"]),
         lambda document: document.pop("eval"),
     ],
 )
 def test_a_damaged_document_is_a_data_error_in_one_line(damage: Callable[[dict[str, Any]], None]) -> None:
     program = replayed(Lambda(lambda self, x: self.fc(x)), X)
     document = json.loads(json.dumps(program.to_json()))
+    state = program.state_dict()
     damage(document)
-    with pytest.raises(DataError) as caught:
-        Program.from_json(document, program.state_dict())
+    if document["buffers"]:
+        state["forward"] = X  # no tensor is missing, the name is taken
+    with pytest.raises(
+        DataError, match=r"^(damaged program: |not a sparsekit program|program: tensor 'gone')"
+    ) as caught:
+        Program.from_json(document, state)
     assert "\n" not in str(caught.value)
 
 

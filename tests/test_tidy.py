@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils._pytree import tree_leaves
 
 from sparsekit import tidy as tidy_module
 from sparsekit.errors import TraceError
+from sparsekit.survey import Survey, survey
 from sparsekit.tidy import tidy
 from tests.networks import NETWORKS, make
 
@@ -58,10 +60,11 @@ def gone(network: nn.Module, small: nn.Module, name: str, dim: int = 0) -> list[
 
 def assert_same_function(network: nn.Module, small: nn.Module, *inputs: Tensor) -> None:
     with torch.no_grad():
-        expected, got = copy.deepcopy(network)(*inputs), copy.deepcopy(small)(*inputs)
-    assert expected.shape == got.shape
-    assert expected.abs().max() > 0
-    assert (expected - got).abs().max() <= 1e-9 * expected.abs().max()
+        outputs = [tree_leaves(copy.deepcopy(net)(*inputs)) for net in (network, small)]
+    for expected, got in zip(*outputs, strict=True):
+        assert expected.shape == got.shape
+        assert expected.abs().max() > 0
+        assert (expected - got).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def assert_bit_equal(network: nn.Module, other: nn.Module) -> None:
@@ -132,12 +135,35 @@ def test_channels_read_by_zeros_alone_and_channels_of_empty_filters_go(middle: F
     assert small.get_parameter("a.weight").shape[0] == small.get_parameter("b.weight").shape[1] == 4
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("padding", "transposed"), [(1, False), (0, True), (1, True)])
 @pytest.mark.parametrize(("bias", "expected"), [(-0.75, [3]), (0.0, [3]), (0.75, [])])
-def test_under_zero_padding_only_constants_that_are_zero_go(bias: float, expected: list[int], transposed: bool) -> None:
-    network = build(Net(F.relu, padding=1, transposed=transposed))
+def test_where_the_border_differs_only_constants_that_are_zero_go(
+    bias: float, expected: list[int], padding: int, transposed: bool
+) -> None:
+    network = build(Net(F.relu, padding=padding, transposed=transposed))
     edit(network, {"a.weight": (3, 0.0), "a.bias": (3, bias)})
     assert gone(network, tidied(network), "a.bias") == expected
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda x: F.avg_pool2d(x, 3, stride=1, padding=1),
+        lambda x: F.avg_pool2d(x, 2, divisor_override=3),
+        lambda x: F.pad(x, (1, 1, 1, 1)),
+        lambda x: x.sum((2, 3), keepdim=True).expand(-1, -1, 8, 8),
+        lambda x: F.max_pool2d(F.adaptive_avg_pool2d(x, 1), 2, 1, 1, 2).clamp(-3, 3).expand(-1, -1, 8, 8),
+        lambda x: x.view(torch.int64).double().sigmoid(),
+        lambda x: x.cumsum(2),
+        lambda x: x + torch.rand(8, 1, 1).double() * 0,
+    ],
+    ids=["padded mean", "divisor", "padding", "sum", "empty window", "other bits", "no rule", "no state"],
+)
+def test_a_constant_stays_where_it_is_not_known_to_come_out_the_same_everywhere(middle: Function) -> None:
+    network = build(Net(lambda x: middle(F.relu(x))))
+    edit(network, {"a.weight": ([2, 3], 0.0), "a.bias": (2, 0.5)})
+    edit(network, {"a.bias": (3, 0.75)})
+    assert gone(network, tidied(network), "a.bias") == []
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -267,24 +293,32 @@ def test_a_linear_layer_after_flatten_takes_up_all_positions_of_a_constant() -> 
 class Normed(nn.Module):
     """A reader without bias: the running mean of the norm behind it takes up constants, if it is that norm's alone."""
 
-    def __init__(self, *, twice: bool = False, peeked: bool = False) -> None:
+    def __init__(
+        self, *, twice: bool = False, peeked: bool = False, returned: bool = False, batch: bool = False
+    ) -> None:
         super().__init__()
-        self.twice, self.peeked = twice, peeked
+        self.twice, self.peeked, self.returned = twice, peeked, returned
         self.a = nn.Conv2d(3, 6, 1)
         self.norm = nn.BatchNorm2d(6)
         self.b = nn.Conv2d(6, 4, 3, bias=False)
         self.last = nn.BatchNorm2d(4)
+        self.statistics = nn.BatchNorm2d(4, track_running_stats=not batch)
         self.other = nn.Conv2d(3, 4, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y = self.b(torch.sigmoid(self.norm(self.a(x))))
-        result: Tensor = self.last(y)
+        result: Tensor = self.last(y if self.statistics.track_running_stats else self.statistics(y))
         if self.twice:
             result = result + self.last(self.other(x))
+        if self.returned:
+            return result, y
         return result * y if self.peeked else result
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, [0, 4]), ({"twice": True}, [4]), ({"peeked": True}, [4])])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, [0, 4]), ({"twice": True}, [4]), ({"peeked": True}, [4]), ({"returned": True}, [4]), ({"batch": True}, [4])],
+)
 def test_without_a_bias_the_running_mean_takes_up_constants(options: dict[str, bool], expected: list[int]) -> None:
     network = build(Normed(**options))
     edit(network, {"norm.weight": (0, 0.0), "b.weight": ((slice(None), 4), 0.0)})
@@ -322,6 +356,28 @@ def test_what_several_readers_share_takes_up_a_constant_only_if_it_is_theirs(tie
     edit(network, {"a.weight": ([0, 1, 2], 0.0), "b.weight": ([0, 1, 2], 0.0), "first.weight": ((slice(None), 2), 0.0)})
     edit(network, {"second.weight": ((slice(None), 2), 0.0)})
     assert gone(network, tidied(network), "a.bias") == expected
+
+
+def test_a_bias_whose_memory_is_also_another_one_takes_up_nothing() -> None:
+    network = build(Twice())
+    first, second = (network.get_parameter(f"{name}.bias") for name in ("first", "second"))
+    second.data = first.data
+    edit(network, {"a.weight": (0, 0.0)})
+    small = tidy(network, X)
+    assert gone(network, small, "a.bias") == []
+    assert_same_function(network, small, X)
+
+
+def test_a_weight_that_is_read_in_another_way_too_takes_up_nothing() -> None:
+    class Doubled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            logits: Tensor = self.head((self.b(x) + F.conv2d(x, self.b.weight * 2).sigmoid()).mean((2, 3)))
+            return logits
+
+    network = build(Doubled())
+    edit(network, {"a.weight": ([1, 2], 0.0), "b.weight": ((slice(None), 2), 0.0), "a.bias": (1, 0.5)})
+    assert gone(network, tidied(network), "a.bias") == [2]
 
 
 def test_a_module_called_twice_takes_up_what_is_the_same_constant_in_both_calls() -> None:
@@ -363,7 +419,7 @@ def test_grouped_and_plain_products_read_constants_too() -> None:
     assert gone(network, small, "c") == [0, 3]  # relu(-0.5) is 0: nothing for `c` to take up
 
 
-def test_what_is_emptied_by_a_cut_goes_as_well_up_to_the_first_layer() -> None:
+def test_what_is_emptied_by_a_cut_goes_as_well_up_to_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     class Chain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -385,6 +441,15 @@ def test_what_is_emptied_by_a_cut_goes_as_well_up_to_the_first_layer() -> None:
         network.get_parameter(f"{linears[-1]}.weight")[:, 3] = 0
     small = tidied(network, torch.randn(4, 6).double())
     assert [gone(network, small, f"{name}.bias") for name in linears] == [[3]] * 4 + [[]]
+    rounds = []
+
+    def counted(*arguments: Any, **options: Any) -> Survey:
+        rounds.append(arguments)
+        return survey(*arguments, **options)
+
+    monkeypatch.setattr(tidy_module, "survey", counted)
+    tidy(network, torch.randn(4, 6).double())
+    assert len(rounds) == 1  # the chain is emptied in one, and nothing zero is left to look at again
 
 
 def test_a_group_never_loses_its_last_channel() -> None:
@@ -419,11 +484,15 @@ class Unsettled(nn.Module):
         self.gain = nn.Parameter(torch.zeros(6, 1, 1))
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros(6, 1, 1))
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
         if self.how == "a view is written to":
-            y.view(y.shape[0], 6, -1)[:, :3].add_(x.flatten(2))
+            y.flatten(2).mul_(x.mean((1, 2, 3)).view(-1, 1, 1))
         elif self.how == "a buffer counts the calls":
             self.calls.add_(1)
             y = y * self.calls
@@ -432,23 +501,92 @@ class Unsettled(nn.Module):
         elif self.how == "times data":
             y = y * x.mean(1, keepdim=True)
         elif self.how == "noise":
-            y = y + self.gain * torch.rand_like(y)
+            y = y + torch.rand_like(self.gain)
+        elif self.how == "a size from the input's device":
+            y = y * torch.ones_like(self.gain, device=y.device)
+        elif self.how == "parameters are normalised":
+            y = y * F.batch_norm(self.gain[None].expand(2, 6, 2, 1), self.mean, self.var, training=True)[:1, :, :1]
+        elif self.how == "normalised by the batch":
+            y = F.batch_norm(y, None, None, self.gain.flatten(), training=True)
         z: Tensor = self.b(y)
         return z
 
 
-@pytest.mark.parametrize(
-    "how", ["a view is written to", "a buffer counts the calls", "compared with data", "times data", "noise"]
-)
+UNSETTLED = ["a view is written to", "a buffer counts the calls", "compared with data", "times data", "noise"]
+
+
+UNSETTLED += ["a size from the input's device", "parameters are normalised", "normalised by the batch"]
+
+
+@pytest.mark.parametrize("how", UNSETTLED)
 def test_what_only_looks_constant_stays(how: str) -> None:
     network = build(Unsettled(how))
     edit(network, {"a.weight": (1, 0.0)})
+    before = copy.deepcopy(network)
     small = tidy(network, X)
+    assert_bit_equal(before, network)
     assert gone(network, small, "a.bias") == []
     torch.manual_seed(0)
     expected = copy.deepcopy(network)(X)
     torch.manual_seed(0)
     assert torch.equal(expected, small(X))
+
+
+def test_what_the_forward_computes_from_parameters_is_as_constant_as_they_are() -> None:
+    class Scaled(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.zeros(8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            gain = self.gain.clone()
+            gain.mul_(2.0).exp_()
+            logits: Tensor = self.head(self.b(self.a(x) * gain).mean((2, 3)))
+            return logits
+
+    network = build(Scaled())
+    edit(network, {"a.weight": (4, 0.0)})
+    assert gone(network, tidied(network), "a.bias") == [4]
+
+
+def test_what_is_made_with_weights_from_data_is_not_known() -> None:
+    class Modulated(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.conv2d(self.a(x), self.mixer.weight * x.mean(), self.mixer.bias)
+            logits: Tensor = self.head(self.b(y).mean((2, 3)))
+            return logits
+
+    network = build(Modulated())
+    edit(network, {"a.weight": (4, 0.0)})
+    small = tidied(network)
+    assert gone(network, small, "mixer.bias") == []
+
+
+def test_a_scaled_product_takes_up_nothing_and_makes_nothing_known() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.addmm(self.b.bias, torch.sigmoid(self.a(x)), self.b.weight.t(), alpha=2, beta=3)
+            y: Tensor = self.c(torch.sigmoid(x))
+            return y
+
+    network = build(Scaled())
+    edit(network, {"a.weight": (2, 0.0), "b.weight": (1, 0.0)})
+    small = tidied(network, torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double())
+    assert gone(network, small, "a.bias") == gone(network, small, "b.bias") == []
+
+
+def test_channels_whose_number_the_forward_fixes_stay() -> None:
+    network = build(Net(lambda x: x.view(-1, 8, 8, 8)))
+    edit(network, {"a.weight": (1, 0.0), "b.weight": ((slice(None), 2), 0.0)})
+    assert gone(network, tidied(network), "a.bias") == []
 
 
 @pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
@@ -603,10 +741,33 @@ def test_a_dense_network_is_copied_bit_by_bit_and_not_even_traced(name: str, mon
     assert_bit_equal(network, copied)
 
 
-def test_zeros_that_empty_nothing_cost_nothing() -> None:
+def test_zeros_that_empty_nothing_change_nothing() -> None:
     network = build(Net())
     edit(network, {"a.weight": ((slice(None), 0), 0.0), "b.weight": ((slice(None), slice(None), 0, 0), 0.0)})
     assert_bit_equal(network, tidy(network, X))
+
+
+def test_biases_and_statistics_at_their_start_cost_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tidy_module, "survey", None)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert_bit_equal(network, tidy(network, X.float()))
+
+
+def test_a_parameter_times_itself_is_not_taken_for_a_weight() -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.root = nn.Parameter(torch.zeros(5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.sigmoid(torch.sigmoid(self.a(x)) @ (self.root @ self.root)))
+            return y
+
+    network = build(Squared())
+    edit(network, {"root": ((slice(None), 1), 0.0)})
+    small = tidied(network, torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double())
+    assert gone(network, small, "a.bias") == []
 
 
 def test_a_network_keeps_its_mode_and_its_number_format() -> None:

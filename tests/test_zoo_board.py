@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("timm", reason="the zoo is built of timm's and torchvision's networks")
 pytest.importorskip("torch_pruning", reason="the zoo measures Torch-Pruning beside sparsekit")
 
-from benchmarks import zoo, zoo_board
+from benchmarks import zoo, zoo_board, zoo_models
 
 ENVIRONMENT = {
     "python": "3.11.7",
@@ -138,7 +138,7 @@ def test_a_process_that_died_fails_in_the_stage_it_was_in_and_keeps_its_cells() 
 
 
 def test_the_zoo_holds_every_network_that_torchvision_lists_once() -> None:
-    names = [case.name for case in zoo.zoo_models.cases()]
+    names = [case.name for case in zoo_models.cases()]
     assert len(set(names)) == len(names)
     assert sum(name.startswith("torchvision:") for name in names) >= 80 + 6 + 12 + 9 + 2
     assert {"timm:cait_xxs24_224", "own:unet", "torchvision:raft_large"} <= set(names)

@@ -1,0 +1,74 @@
+"""Deep copies of modules, several times faster than `copy.deepcopy`: most of what a module holds is empty or fixed."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_FIXED = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, OrderedDict, set, list)
+_OWN = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, modules, hooks
+
+
+def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy(model, memo)`: `memo` maps the id of what is to be replaced to what replaces it."""
+    modules = [module for module in model.modules() if id(module) not in memo]
+    plain = [module for module in modules if _copies_plainly(type(module))]
+    for module in plain:  # first all of them, because modules refer to each other
+        memo[id(module)] = type(module).__new__(type(module))
+    for module in plain:
+        twin = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            twin[name] = _copied(value, memo)
+    copied: nn.Module = copy.deepcopy(model, memo)  # finds it in the memo, or is a module that copies itself
+    return copied
+
+
+def kept_tensors(model: nn.Module) -> list[Tensor]:
+    """Tensors that modules keep beside their parameters and buffers, in a cache or for a hook."""
+    kept: list[Any] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in _OWN and type(value) not in _FIXED:
+                kept += [value] if isinstance(value, Tensor) else _inside(value)
+    return [leaf for leaf in kept if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]
+
+
+def _inside(value: Any) -> list[Any]:
+    return tree_leaves(value) if isinstance(value, dict | list | tuple) and value else []
+
+
+def _copies_plainly(kind: type[nn.Module]) -> bool:
+    """Whether nothing but the attributes makes the module."""
+    own = {"__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__"}
+    return not any(own & vars(base).keys() for base in kind.__mro__ if base not in (nn.Module, object))
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _FIXED:
+        return value
+    if kind in _CONTAINERS and not value:
+        return kind()
+    if kind is tuple and all(type(item) in _FIXED for item in value):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is nn.Parameter or kind is Tensor:
+        # A view of a larger storage is left to torch, which keeps what is shared shared.
+        if value.is_leaf and value.untyped_storage().nbytes() == value.nbytes:
+            twin = value.detach().clone(memory_format=torch.preserve_format)
+            memo[id(value)] = nn.Parameter(twin, value.requires_grad) if kind is nn.Parameter else twin
+            return memo[id(value)]
+    elif kind is dict and all(type(key) is str for key in value):
+        twins: dict[str, Any] = {}
+        memo[id(value)] = twins
+        for key, item in value.items():
+            twins[key] = _copied(item, memo)
+        return twins
+    return copy.deepcopy(value, memo)
