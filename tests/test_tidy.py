@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils._pytree import tree_leaves
 
-from sparsekit import tidy as tidy_module
 from sparsekit.errors import TraceError
 from sparsekit.survey import Survey, survey
 from sparsekit.tidy import tidy
@@ -21,6 +21,7 @@ from tests.networks import NETWORKS, make
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
 Function = Callable[[Tensor], Tensor]
+tidy_module = import_module("sparsekit.tidy")  # `sparsekit.tidy` may as well be the function
 
 
 def build(network: nn.Module) -> nn.Module:
