@@ -14,6 +14,7 @@ from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
 from sparsekit.surgery import mask
 from sparsekit.task import Task
+from sparsekit.tidy import tidy
 from sparsekit.training import fit
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "load",
     "mask",
     "measure_latency",
+    "tidy",
     "trace",
 ]

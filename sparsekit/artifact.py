@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,7 @@ from sparsekit.program import Program
 from sparsekit.recipe import Recipe
 from sparsekit.report import Report
 
-# And program.json, where the network is a recorded program.
+# And program.json where the network is a recorded program, tidy-0.json ... where the dense one was tidied first.
 FILES = ("plan.json", "weights.safetensors", "model.onnx", "report.json", "report.html", "recipe.toml")
 
 
@@ -33,6 +34,7 @@ class Artifact:
         onnx: the verified ONNX file's bytes.
         report: what was measured.
         recipe: what was asked for.
+        before: plans that were applied before `plan`, see `tidy`.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Artifact:
     onnx: bytes
     report: Report
     recipe: Recipe
+    before: tuple[PruningPlan, ...] = ()
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write the folder under a temporary name beside it, then rename: a crash leaves no half artifact.
@@ -68,7 +71,8 @@ class Artifact:
         if isinstance(self.model, Program):
             (folder / "program.json").write_text(json.dumps(self.model.to_json()), encoding="utf-8")
         # The cut weights are in weights.safetensors; the plan only has to say what was cut.
-        PruningPlan(self.plan.keep).save(folder / "plan.json", folder / "plan.safetensors")
+        for name, plan in zip(_plan_names(len(self.before)), (*self.before, self.plan), strict=True):
+            PruningPlan(plan.keep).save(folder / name, folder / "plan.safetensors")
         # Clones, because safetensors refuses two names for one memory, as tied weights have.
         state = {name: value.contiguous().clone() for name, value in self.model.state_dict().items()}
         (folder / "weights.safetensors").write_bytes(save(state))
@@ -107,7 +111,8 @@ def load(folder: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such artifact folder")
     try:
-        plan = PruningPlan.load(folder / "plan.json")
+        names = _plan_names(len(list(folder.glob("tidy-*.json"))))
+        plans = [PruningPlan.load(folder / name) for name in names]
         state = load_file(folder / "weights.safetensors")
     except PlanError as error:
         raise DataError(str(error)) from error
@@ -122,7 +127,7 @@ def load(folder: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
     if not isinstance(network, nn.Module):
         raise DataError(f"{folder}: expected the factory to return an nn.Module, got {type(network).__name__}")
     try:
-        small = compact(network, plan)
+        small = reduce(compact, plans, network)
         small.load_state_dict(state)
     except PlanError as error:
         raise DataError(f"{folder}: the factory makes another network: {error}") from error
@@ -130,6 +135,11 @@ def load(folder: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
         reason = str(error).splitlines()[1:2] or [str(error)]
         raise DataError(f"{folder}: the factory makes another network: {reason[0].strip()}") from error
     return small.eval()
+
+
+def _plan_names(num_before: int) -> list[str]:
+    """In the order in which the plans apply."""
+    return [*(f"tidy-{number}.json" for number in range(num_before)), "plan.json"]
 
 
 def _load_program(path: Path, state: dict[str, Tensor]) -> Program:

@@ -55,7 +55,7 @@ class Channels:
 
     def locked(self, label: Label) -> NDArray[np.bool_]:
         """bool [size], where no owner of a position can be cut."""
-        locked: NDArray[np.bool_] = (self.group_of(label) < 0).all(axis=1)
+        locked: NDArray[np.bool_] = np.all(self.group_of(label) < 0, axis=1)
         return locked
 
     def positions(self, label: Label) -> dict[int, NDArray[np.int64]]:
@@ -74,11 +74,12 @@ class Channels:
         owning = np.zeros(len(self.group) + 1, dtype=bool)
         for label in labels:
             owning[self.owners(label)] = True
-        return owning[:-1]
+        result: NDArray[np.bool_] = owning[:-1]
+        return result
 
     def alive(self, label: Label, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """bool [size], the positions that live where `alive` [num_components] says which channels do."""
-        living: NDArray[np.bool_] = np.append(alive, True)[self.owners(label)].all(axis=1)
+        living: NDArray[np.bool_] = np.all(np.append(alive, True)[self.owners(label)], axis=1)
         return living
 
     @cached_property
@@ -162,7 +163,9 @@ def _components(coupling: Coupling) -> tuple[NDArray[np.int64], NDArray[np.int64
 def _distinct(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sorted rows, each once; ten times faster than numpy's own."""
     rows = rows[np.lexsort(rows.T[::-1])]
-    return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))[: len(rows)]]
+    new = np.append(True, (rows[1:] != rows[:-1]).any(axis=1))[: len(rows)]
+    distinct: NDArray[np.int64] = rows[new]
+    return distinct
 
 
 def _clashes(rows: NDArray[np.int64]) -> NDArray[np.int64]:

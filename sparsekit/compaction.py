@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsekit.coupling import Coupling
 from sparsekit.errors import PlanError
+from sparsekit.forward import plain as opened
 from sparsekit.gather import gathered
 from sparsekit.plan import PruningPlan
 from sparsekit.replay import as_program
-from sparsekit.forward import plain as opened
 from sparsekit.surgery import copied, cut, mask, plain
 from sparsekit.survey import living
 
@@ -97,7 +97,7 @@ def certify(model: nn.Module, plan: PruningPlan, small: nn.Module, example_input
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     inputs = tree_map_only(Tensor, _wide, inputs)
     dropped = {group: keep for group, keep in plan.keep.items() if not keep.all()}
-    with torch.no_grad(), _Double():
+    with torch.no_grad(), _Double():  # type: ignore[no-untyped-call]
         reference = mask(model, plan).double().cpu().eval()
         if all(group.exact for group in dropped):
             expected = _run(reference, inputs)

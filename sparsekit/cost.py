@@ -6,13 +6,14 @@ Ops that no rule knows are listed in `ChannelGraph.uncounted`, never counted as 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from sparsekit.budget import Metric
+from sparsekit.budget import Budget, Limit, Metric
 from sparsekit.graph import ChannelGraph, CostTerm
 from sparsekit.plan import ChannelGroup
 
@@ -36,7 +37,9 @@ class Cost:
                     values.append(per_channel)
         width = max(map(len, products))
         # A product of fewer groups is padded with one more count, which is always 1.
-        self._groups = np.array([[*groups, *[num_groups] * (width - len(groups))] for groups in products], dtype=np.int64)
+        self._groups = np.array(
+            [[*groups, *[num_groups] * (width - len(groups))] for groups in products], dtype=np.int64
+        )
         shape = (len(terms) * self._num_sizes, len(products))
         self._per_channel = csr_array((values, (rows, columns)), shape=shape)
 
@@ -74,6 +77,15 @@ class Costs:
     def counts(self, kept: Mapping[ChannelGroup, int]) -> Counts:
         """Channels kept per group, those not named keeping all."""
         return np.array([kept.get(group, group.size) for group in self._graph.groups], dtype=np.int64)
+
+
+def absolute(budget: Budget, graph: ChannelGraph) -> Budget:
+    """`budget` with the fractions in it taken of this graph's costs."""
+    costs = Costs(graph)
+    limits = (
+        Limit(limit.metric, limit.resolve(costs(limit.metric, costs.dense)), relative=False) for limit in budget.limits
+    )
+    return replace(budget, limits=tuple(limits))
 
 
 def num_macs(graph: ChannelGraph, kept: Mapping[ChannelGroup, int] | None = None) -> int:

@@ -42,9 +42,14 @@ def gathered(masked: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> l
         if op in normalising:
             results = _without_dropped(op, values, labels, alive)
         else:
-            results = _call(op, tree_map_only(Ref, lambda ref: values[ref.index], op.args))
+            results = _call(op, _filled(op.args, values))
         values |= {ref.index: result for ref, result in zip(op.outputs, results, strict=True)}
     return [values[ref.index] for ref in recording.outputs]
+
+
+def _filled(args: dict[str, Any], values: dict[int, Tensor]) -> dict[str, Any]:
+    filled: dict[str, Any] = tree_map_only(Ref, lambda ref: values[ref.index], args)
+    return filled
 
 
 def _without_dropped(

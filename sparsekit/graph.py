@@ -106,7 +106,9 @@ def _graph(model: nn.Module, found: Survey, batch_size: int) -> ChannelGraph:
     evaluated = found.recordings[0]
     sizes = _Sizes(channels, groups)
     macs = tuple(sizes.term(call, 1 / batch_size) for call in calls)
-    params = tuple(sizes.term(_numel(name, evaluated.states[name], coupling), 1.0) for name, _ in found.twin.named_parameters())
+    params = tuple(
+        sizes.term(_numel(name, evaluated.states[name], coupling), 1.0) for name, _ in found.twin.named_parameters()
+    )
     uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors()}
     refusals = _refusals(coupling, channels, calls)
     return ChannelGraph(model, tuple(groups.values()), refusals, macs, params, tuple(sorted(uncounted)))
@@ -129,10 +131,11 @@ class _Sizes:
         self._known: dict[int, Size] = {}
 
     def term(self, product: Product, factor: float) -> CostTerm:
-        sizes = tuple({(): float(dim)} if isinstance(dim, int) else self._size(dim) for dim in product.dims)
-        return CostTerm(product.name, product.scale * factor, sizes)
+        return CostTerm(product.name, product.scale * factor, tuple(map(self._size, product.dims)))
 
-    def _size(self, label: Label) -> Size:
+    def _size(self, label: Label | int) -> Size:
+        if isinstance(label, int):
+            return {(): float(label)}
         size = self._known.get(id(label))
         if size is None:
             numbers = np.sort(self._position[self._channels.group_of(label)], axis=1)
@@ -176,7 +179,9 @@ def _refusals(coupling: Coupling, channels: Channels, calls: tuple[Product, ...]
     sizes = [call.scale * np.prod([float(d) if isinstance(d, int) else len(d) for d in call.dims]) for call in calls]
     hits = (held @ locked.T).toarray() > 0
     shares = hits @ (np.array(sizes) / sum(sizes))
-    offered = [key[-1].endswith(_ON_REQUEST) and bool(row.any()) for key, row in zip(found, held.toarray(), strict=True)]
+    offered = [
+        key[-1].endswith(_ON_REQUEST) and bool(row.any()) for key, row in zip(found, held.toarray(), strict=True)
+    ]
     rows = [
         Refusal(*key, macs_share=float(share))
         for key, share, hit, on_request in zip(found, shares, hits, offered, strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch._ops import OpOverload
 
 from sparsekit.steps import Batch, OfModel, Pass, Step, Structure, Value, operator, values
-from sparsekit.takes import Take
+from sparsekit.takes import Take, limit_of
 
 Join = Callable[[Any, Any], Any]  # of two values that differ, one that stands for both, or None
 Alone = Callable[[Step], Step]  # a copy that only the first recording makes, as the joined pass has it
@@ -107,10 +107,17 @@ class _Joining:
 def join(mine: Take, theirs: Take, a: Any, b: Any) -> Any:
     """What two values are, if the first is of the one take and the second of the other; None where nothing common.
 
-    Numbers that are the same multiple of the batch size, and dtypes that are those of the parameters.
+    Numbers that are the same multiple of the batch size, and dtypes, or limits of dtypes, that are the parameters'.
     """
-    if isinstance(a, OfModel) or (a, b) == (mine.dtype, theirs.dtype):
-        return OfModel("dtype") if isinstance(b, torch.dtype) else None
+    if isinstance(a, OfModel):
+        return a  # found with an earlier take of the dtype of `mine`
+    if (a, b) == (mine.dtype, theirs.dtype):
+        return OfModel("dtype")
+    if (a, b) == (mine.dtype.to_complex(), theirs.dtype.to_complex()):
+        return OfModel("complex")
+    if type(a) is float and type(b) is float:
+        name = limit_of(mine.dtype, a, theirs.dtype, b)
+        return OfModel(name) if name else None
     if type(a) is int and type(b) is int and mine.size and a % mine.size == 0 and a // mine.size * theirs.size == b:
         return Batch(a // mine.size)
     return None

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +22,7 @@ from sparsekit import training
 from sparsekit.artifact import Artifact
 from sparsekit.budget import Budget
 from sparsekit.compaction import Certificate, certify, compact
-from sparsekit.cost import num_macs
+from sparsekit.cost import absolute, num_macs
 from sparsekit.environment import Environment
 from sparsekit.errors import DataError, PlanError, UsageError
 from sparsekit.export import OnnxFile, export_onnx
@@ -34,6 +34,7 @@ from sparsekit.recipe import Recipe
 from sparsekit.report import Measurement, Report, Width
 from sparsekit.selection import allocate
 from sparsekit.task import Progress, Record, Schedule, Task
+from sparsekit.tidy import tidy_plans
 
 
 def compress(
@@ -176,7 +177,9 @@ def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:
 
 def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...]) -> None:
     """Fail before any training where the budget cannot be met."""
-    allocate(trace(model, inputs, renormalise=recipe.renormalise), Budget.parse(recipe.budget), round_to=recipe.round_to)
+    allocate(
+        trace(model, inputs, renormalise=recipe.renormalise), Budget.parse(recipe.budget), round_to=recipe.round_to
+    )
 
 
 def _compress(
@@ -184,10 +187,14 @@ def _compress(
 ) -> Artifact:
     """`compress` of a network that is ours, with checkpoints and ONNX files in the stages' folder."""
     stages.evaluate(dense, task, "dense")
-    graph = trace(dense, inputs, renormalise=recipe.renormalise)
+    dense_graph = trace(dense, inputs)
+    with stages.timed("tidy"):
+        before = tidy_plans(dense, inputs)
+        tidied = reduce(compact, before, dense)
+    graph = trace(tidied, inputs, renormalise=recipe.renormalise)
     with stages.timed("prune"):
-        plan = build_pruner(recipe)(graph, Budget.parse(recipe.budget), task)
-    small, certificate = _cut(dense, plan, inputs)
+        plan = build_pruner(recipe)(graph, absolute(Budget.parse(recipe.budget), dense_graph), task)
+    small, certificate = _cut(tidied, plan, inputs)
     stages.evaluate(small, task, "pruned")
     stages.train(small, task, "finetune", epochs=recipe.epochs, lr=recipe.finetune_lr)
     stages.evaluate(small, task, "compact")
@@ -202,11 +209,14 @@ def _compress(
             threads=recipe.threads,
             progress=lambda done, total: stages.progress("latency", done, total, {}),
         )
-    graphs, accuracies = (graph, trace(small, inputs)), (stages.accuracies.get(key) for key in ("dense", "compact"))
+    graphs, accuracies = (
+        (dense_graph, trace(small, inputs)),
+        (stages.accuracies.get(key) for key in ("dense", "compact")),
+    )
     measured = [_measurement(*parts) for parts in zip(graphs, accuracies, files, timed.latencies, strict=True)]
     certificate = dataclasses.replace(certificate, onnx_max_relative_error=files[1].max_relative_error)
     report = _report(recipe, measured, graph, plan, certificate, timed, stages)
-    return Artifact(small.eval(), plan, files[1].path.read_bytes(), report, recipe)
+    return Artifact(small.eval(), plan, files[1].path.read_bytes(), report, recipe, tuple(before))
 
 
 def _cut(dense: nn.Module, plan: PruningPlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Certificate]:

@@ -105,11 +105,15 @@ class Probe:
             marks = [Mark(label, difference.reason, op) for label in atoms if _movable(channels, label)]
             # Which size a number follows is not to be seen: the innermost first, as of attention heads.
             found += marks[:1] if difference.reason == _NUMBER else marks
-        coupling.fixed += found or self._nearest(difference, channels) or [
-            Mark(label, difference.reason, difference.op)
-            for label in coupling.places.values()
-            if _movable(channels, label)
-        ]
+        coupling.fixed += (
+            found
+            or self._nearest(difference, channels)
+            or [
+                Mark(label, difference.reason, difference.op)
+                for label in coupling.places.values()
+                if _movable(channels, label)
+            ]
+        )
 
     def _nearest(self, difference: _Difference, channels: Channels) -> list[Mark]:
         """The channels of the nearest op at or before the difference that carries any."""
@@ -207,7 +211,11 @@ def _compare(recording: Recording, again: Recording, labels: dict[int, Labels], 
         op, got = recording.ops[step], others[number] if number < len(others) else None
         wanted = [predicted.shape(ref, labels[ref.index]) for ref in op.outputs]
         if got is None or _VIEWS.get(got.name, got.name) != _VIEWS.get(op.name, op.name):
-            return step, _sides(op, again.failed, wanted), f"{_FIXED}: {again.error}" if got is None and again.failed is None else _FIXED
+            return (
+                step,
+                _sides(op, again.failed, wanted),
+                f"{_FIXED}: {again.error}" if got is None and again.failed is None else _FIXED,
+            )
         shapes = [ref.shape for ref in got.outputs]
         if shapes != wanted:
             sides = tuple(
@@ -279,11 +287,17 @@ def _compare_layers(recording: Recording, again: Recording, labels: dict[int, La
             given = labels[ref.index]
             wanted = predicted.shape(ref, given)
             sides = tuple(
-                ("out", out, dim) for dim, label in enumerate(given) if label is not None and now.shape[dim] != wanted[dim]
+                ("out", out, dim)
+                for dim, label in enumerate(given)
+                if label is not None and now.shape[dim] != wanted[dim]
             )
             if sides:
                 return step, sides, _FIXED
-    return None if again.error is None else (len(recording.ops) - 1, _all_sides(recording.ops[-1]), f"{_FIXED}: {again.error}")
+    return (
+        None
+        if again.error is None
+        else (len(recording.ops) - 1, _all_sides(recording.ops[-1]), f"{_FIXED}: {again.error}")
+    )
 
 
 def _uses_states(op: Op, recording: Recording) -> bool:

@@ -160,7 +160,8 @@ class _Facts:
         if kind is Batch:
             return argument.multiple * self.batch_size
         if kind is OfModel:
-            return self.device if argument.what == "device" else self.dtype
+            known = {"device": self.device, "dtype": self.dtype, "complex": self.dtype.to_complex()}
+            return known.get(argument.what) or getattr(torch.finfo(self.dtype), argument.what)
         if kind is Structure:
             return _build(argument, [self.of(item) for item in argument.items])
         return argument

@@ -17,9 +17,10 @@ from torch.utils._pytree import is_namedtuple_instance
 from sparsekit.coupling import Labels
 from sparsekit.errors import PlanError
 from sparsekit.joining import cast_alone, finished, join, joined
+from sparsekit.living import Living
 from sparsekit.program import Program
 from sparsekit.record import Op, Recording, Ref
-from sparsekit.rewriting import Living, rewrite
+from sparsekit.rewriting import rewrite
 from sparsekit.steps import OfModel, Pass, Step, Structure, Value
 from sparsekit.takes import Take, takes_of
 

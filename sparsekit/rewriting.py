@@ -7,62 +7,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from sparsekit.coupling import Labels
 from sparsekit.errors import PlanError
-from sparsekit.record import Op, Ref
+from sparsekit.living import Living, Mask
+from sparsekit.record import Op
 
 _ATEN = torch.ops.aten
-Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class Living:
-    """Which positions of a recording's tensors are left.
-
-    Attributes:
-        labels: `Ref.index` -> one label per dimension; a tensor without an entry is left whole.
-        alive: bool [num_atoms].
-    """
-
-    labels: Mapping[int, Labels]
-    alive: Mask
-    _masks: dict[int, list[Mask]] = field(default_factory=dict)
-
-    def masks(self, ref: Ref) -> list[Mask]:
-        """Which positions are left, bool [size] per dimension."""
-        known = self._masks.get(ref.index)
-        if known is None:
-            labels = self.labels.get(ref.index, (None,) * len(ref.shape))
-            known = self._masks[ref.index] = [
-                np.ones(size, dtype=bool) if label is None else np.asarray(self.alive[label].all(axis=1))
-                for size, label in zip(ref.shape, labels, strict=False)
-            ]
-        if len(known) != len(ref.shape):
-            raise PlanError(f"a tensor of shape {list(ref.shape)} changed its rank in place: it cannot be cut")
-        return known
-
-    def mask(self, ref: Ref, dim: int) -> Mask:
-        """Which positions along `dim` are left, bool [size]."""
-        return self.masks(ref)[dim]
-
-    def shape(self, ref: Ref) -> list[int]:
-        """The shape that is left."""
-        return [int(mask.sum()) for mask in self.masks(ref)]
-
-    def is_cut(self, ref: Ref, dim: int | None = None) -> bool:
-        """Whether anything along `dim` is gone, or along any dimension."""
-        if all(label is None for label in self.labels.get(ref.index, ())):
-            return False
-        return not all(mask.all() for mask in (self.masks(ref) if dim is None else [self.mask(ref, dim)]))
 
 
 def rewrite(op: Op, living: Living) -> Op:
@@ -81,7 +38,8 @@ def rewrite(op: Op, living: Living) -> Op:
         return _spatial(op, living, int(spatial.group(1)))
     types = {argument.name: str(argument.type) for argument in op.func._schema.arguments}
     for name, value in op.args.items():
-        if _has_int(value) and types[name] not in ("number", "Tensor") and name not in ("dim", "dims", "dim0", "dim1"):
+        is_value = "number" in types[name] or types[name] == "Tensor"
+        if _has_int(value) and not is_value and name not in ("dim", "dims", "dim0", "dim1"):
             raise _refused(op, f"{name}={value} may number what is cut")
     return op
 
@@ -183,6 +141,13 @@ def _convolution(op: Op, living: Living) -> Op:
     return _with(op, groups=_num_groups(op, op.args["groups"], masks))
 
 
+def _channel_shuffle(op: Op, living: Living) -> Op:
+    groups = living.mask(op.args["self"], 1).reshape(op.args["groups"], -1)
+    if (groups != np.outer(groups.any(axis=1), groups.any(axis=0))).any():
+        raise _refused(op, "groups are left with different channels")
+    return _with(op, groups=int(groups.any(axis=1).sum()))
+
+
 def _group_norm(op: Op, living: Living) -> Op:
     x = op.args["input"]
     batch_size, num_channels, *positions = living.shape(x)
@@ -273,7 +238,7 @@ _RESHAPES = ("view", "_unsafe_view", "reshape")
 _NEW = "expand new_zeros new_ones new_full new_empty zeros ones full empty rand randn".split()
 _RULES: dict[str, Callable[[Op, Living], Op]] = {
     **dict.fromkeys([*_RESHAPES, *_NEW], _resized),
-    **dict.fromkeys(["split", "split_with_sizes", "chunk"], _split),
+    **dict.fromkeys(["split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_split_with_sizes"], _split),
     **dict.fromkeys(["squeeze", "squeeze_"], _squeeze),
     **dict.fromkeys(["im2col", "col2im"], _unfolded),
     **dict.fromkeys(["index", "index_put", "index_put_", "_index_put_impl_"], _index),
@@ -286,6 +251,7 @@ _RULES: dict[str, Callable[[Op, Living], Op]] = {
     "torchvision::roi_align": partial(_spatial, num_dims=2),
     "unfold": _along("dimension"),
     "glu": _glu,
+    "channel_shuffle": _channel_shuffle,
     "repeat": _repeat,
     "slice": _slice,
     "select": _select,

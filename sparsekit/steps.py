@@ -33,7 +33,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class OfModel:
-    """The device of the inputs ("device"), or the dtype of the parameters ("dtype")."""
+    """The "device" of the inputs; the "dtype" of the parameters, the "complex" one to it, or a limit of it, "eps"."""
 
     what: str
 
@@ -215,7 +215,7 @@ def value_from_json(cell: Any) -> Any:
             return Value(int(value))
         case "batch":
             return Batch(int(value))
-        case "model" if value in ("device", "dtype"):
+        case "model" if value in ("device", "dtype", "complex", "eps", "min", "max", "tiny"):
             return OfModel(value)
         case "float":
             return float(value)

@@ -17,7 +17,7 @@ from sparsekit.baking import bake, is_computed
 from sparsekit.channels import Channels, connect
 from sparsekit.coupling import Coupling, Labels, Mark, Product
 from sparsekit.errors import PlanError, TraceError
-from sparsekit.plan import COUNT, ChannelGroup, PruningPlan, Slot
+from sparsekit.plan import ChannelGroup, PruningPlan, Slot
 from sparsekit.probe import Probe
 from sparsekit.record import Recording, on_meta, record
 from sparsekit.rules import follow
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, eq=False)
 class Survey:
     """Attributes:
-        twin: the copy of the model that was recorded, its computed weights made plain.
-        recordings: the forward pass in eval mode, and in training mode where that alone uses some parameters.
-        coupling: what the rules said about them.
-        calls: multiply-accumulates of the eval pass: what only training runs costs nothing at inference.
-        channels: what is connected.
-        groups: group number -> group.
+    twin: the copy of the model that was recorded, its computed weights made plain.
+    recordings: the forward pass in eval mode, and in training mode where that alone uses some parameters.
+    coupling: what the rules said about them.
+    calls: multiply-accumulates of the eval pass: what only training runs costs nothing at inference.
+    channels: what is connected.
+    groups: group number -> group.
     """
 
     twin: nn.Module
@@ -79,15 +79,15 @@ def living(
     """
     labels = [follow(recording, coupling) for recording in recordings]
     channels = connect(coupling, renormalise=True)
-    found = {}
+    found: dict[tuple[str, int, bytes], int] = {}
     for number, group in _groups(coupling, channels, recordings).items():
         found |= {_key(slot): number for slot in group.slots}
     alive = np.ones(len(channels.group), dtype=bool)
     for group, keep in plan.keep.items():
-        number = next((found[key] for slot in group.slots if (key := _key(slot)) in found), None)
-        if number is None:
+        known = [found[key] for slot in group.slots if (key := _key(slot)) in found]
+        if not known:
             raise PlanError(f"group {group.name!r}: the recorded forward of this model has no such channels")
-        inside = np.flatnonzero(channels.group == number)
+        inside = np.flatnonzero(channels.group == known[0])
         alive[inside] = keep.numpy()[channels.rank[inside]]
     return labels, channels.alive(np.arange(coupling.num_atoms)[:, None], alive)
 

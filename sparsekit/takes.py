@@ -13,6 +13,8 @@ from sparsekit.errors import PlanError
 from sparsekit.meta import on_cpu, on_meta
 from sparsekit.record import Recording, record
 
+LIMITS = ("eps", "min", "max", "tiny")  # of `torch.finfo`
+
 
 @dataclass(frozen=True, eq=False)
 class Take:
@@ -61,8 +63,20 @@ def _alike(a: Take, b: Take) -> bool:
     if a.recording.error is not None or b.recording.error is not None:
         return False
     skipped = ("clone", "view", "_unsafe_view", "_to_copy")
-    mine, theirs = ([op.name for op in take.recording.ops if op.name not in skipped] for take in (a, b))
-    return mine == theirs
+    mine, theirs = ([op for op in take.recording.ops if op.name not in skipped] for take in (a, b))
+    if [op.name for op in mine] != [op.name for op in theirs]:
+        return False
+    return all(
+        x == y or type(x) is not float or limit_of(a.dtype, x, b.dtype, y)
+        for one, other in zip(mine, theirs, strict=True)
+        for x, y in zip(one.args.values(), other.args.values(), strict=False)
+    )
+
+
+def limit_of(mine: torch.dtype, a: float, theirs: torch.dtype, b: Any) -> str:
+    """Which limit of one dtype a number is, if another is the same of another dtype: "eps", "max"; or ""."""
+    limits = torch.finfo(mine), torch.finfo(theirs)
+    return next((name for name in LIMITS if (a, b) == tuple(getattr(limit, name) for limit in limits)), "")
 
 
 def _grow(first: Take, second: Take, third: Take) -> bool:

@@ -45,10 +45,19 @@ def tidy(model: nn.Module, example_inputs: Any) -> nn.Module:
         TraceError: the forward fails on the example inputs.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    small = model
-    while (plan := _plan(small, inputs)).keep:
+    small = copied(model)
+    for plan in tidy_plans(model, inputs):
         small = compact(small, plan)
-    return compact(model, PruningPlan()) if small is model else small
+    return small
+
+
+def tidy_plans(model: nn.Module, inputs: tuple[Any, ...]) -> list[PruningPlan]:
+    """The plans that `tidy` applies one after the other; none where nothing can go."""
+    plans = []
+    while (plan := _plan(model, inputs)).keep:
+        plans.append(plan)
+        model = compact(model, plan)
+    return plans
 
 
 def _plan(model: nn.Module, inputs: tuple[Any, ...]) -> PruningPlan:

@@ -271,7 +271,8 @@ def test_overwriting_repeats_the_run_from_its_own_recipe_bit_for_bit(cli: Cli, o
     assert first["seconds"] != second["seconds"]
     assert json.loads(result.out) == second
     assert re.findall(r"^\[ +[\d.]+ s\] (.*)$", result.err, re.MULTILINE) == [
-        *("dense", "evaluate dense", "prune", "evaluate pruned", "finetune", "evaluate compact", "export", "latency")
+        *("dense", "evaluate dense", "tidy", "prune", "evaluate pruned", "finetune", "evaluate compact"),
+        *("export", "latency"),
     ]
     assert not Path("out.partial").exists()
 
@@ -361,8 +362,8 @@ def test_inspect_lists_groups_layers_and_refusals(cli: Cli) -> None:
     assert result.code == 0
     document = json.loads(result.out)
     assert document["groups"] == [
-        {"name": "conv1", "size": 8, "exact": True, "residual": False},
-        {"name": "conv2", "size": 16, "exact": True, "residual": False},
+        {"name": "conv1", "size": 8, "exact": True, "residual": False, "fixed_by": ""},
+        {"name": "conv2", "size": 16, "exact": True, "residual": False, "fixed_by": ""},
     ]
     macs = {"conv1": 8 * 9 * 64, "conv2": 8 * 16 * 9 * 64, "head": 160}
     assert {row["name"]: row["num_macs"] for row in document["layers"]} == macs

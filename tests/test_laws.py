@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sparsekit.budget import Budget
 from sparsekit.compaction import certify, compact
-from sparsekit.surgery import mask
 from sparsekit.cost import num_macs, num_params
 from sparsekit.errors import BudgetError, PlanError
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import ChannelGroup, PruningPlan
 from sparsekit.pruners import PRUNERS
 from sparsekit.selection import allocate, keep_top
+from sparsekit.surgery import mask
 from tests.networks import NETWORKS, make
 
 DATA_FREE = [name for name in PRUNERS if name != "transport"]

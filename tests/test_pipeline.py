@@ -121,8 +121,8 @@ def test_no_file_is_left_behind(session: Session) -> None:
 
 
 def test_progress_names_every_step_in_order(session: Session) -> None:
-    steps = ["evaluate dense", "prune", "evaluate pruned", "evaluate compact", "export", "latency"]
-    assert list(dict.fromkeys(stage for stage, *_ in session.steps)) == [*steps[:3], "finetune", *steps[3:]]
+    steps = ["evaluate dense", "tidy", "prune", "evaluate pruned", "evaluate compact", "export", "latency"]
+    assert list(dict.fromkeys(stage for stage, *_ in session.steps)) == [*steps[:4], "finetune", *steps[4:]]
     assert session.steps[-1] == ("latency", 2, 2)
 
 
@@ -190,8 +190,8 @@ def test_an_impossible_budget_fails_before_any_training() -> None:
 
 
 def test_a_cut_that_is_not_the_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model: nn.Module, plan: PruningPlan) -> nn.Module:
-        small = compact(model, plan)
+    def wrong(model: nn.Module, plan: PruningPlan, inputs: object) -> nn.Module:
+        small = compact(model, plan, inputs)
         with torch.no_grad():
             next(small.parameters()).add_(1e-3)
         return small

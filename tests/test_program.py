@@ -24,10 +24,11 @@ from torchvision.models.vision_transformer import VisionTransformer
 from sparsekit.coupling import Labels
 from sparsekit.errors import DataError, PlanError, UsageError
 from sparsekit.export import export_onnx
+from sparsekit.living import Living
 from sparsekit.program import Program
 from sparsekit.record import Recording, record
 from sparsekit.replay import as_program
-from sparsekit.rewriting import Living, rewrite
+from sparsekit.rewriting import rewrite
 
 
 def whole(recordings: list[Recording]) -> tuple[list[dict[int, Labels]], NDArray[np.bool_]]:
@@ -224,6 +225,20 @@ def test_a_program_follows_its_dtype_where_the_forward_does_and_not_where_it_nam
     assert_bit_equal(copy.deepcopy(model).double(), wide, X3.double())
     assert [leaf.dtype for leaf in wide(X3.double())] == [torch.float64, torch.float32, torch.float32]
     assert "cpu" not in json.dumps(program.to_json())
+
+
+def test_limits_of_dtypes_and_complex_dtypes_follow_the_parameters() -> None:
+    def forward(self: Lambda, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.fc(x)
+        masked = y.masked_fill(y > 0, torch.finfo(y.dtype).min)
+        return F.rms_norm(y, (6,)), masked, torch.fft.fft(y, dim=1).real
+
+    model = Lambda(forward).eval()
+    program = replayed(model, X)
+    again = Program.from_json(json.loads(json.dumps(program.to_json())), program.state_dict())
+    for one in (program, again):
+        assert_bit_equal(model, one, X3)
+        assert_bit_equal(copy.deepcopy(model).double(), copy.deepcopy(one).double(), X3.double())
 
 
 def test_what_ran_without_grad_does_so_in_the_program() -> None:
@@ -489,7 +504,16 @@ SIZES: dict[str, Case] = {
         [(N, CHANNELS, N, N)],
         ALIVE,
     ),
+    "shuffle whole groups": (
+        lambda x: F.channel_shuffle(x, 2),
+        (1, 8, 2, 2),
+        (N, CHANNELS, N, N),
+        [(N, CHANNELS.reshape(2, 4).T.reshape(8, 1), N, N)],
+        FIRST,
+    ),
     "mean over another": (lambda x: x.mean((0, 2)), (2, 8, 4), (N, CHANNELS, N), [(CHANNELS,)], ALIVE),
+    "clamp": (lambda x: x.clamp(-1, 2), (2, 8), (N, CHANNELS), [(N, CHANNELS)], ALIVE),
+    "variance": (lambda x: x.var(0, correction=1), (3, 8), (N, CHANNELS), [(CHANNELS,)], ALIVE),
     "power": (lambda x: x**2 * 3, (2, 8), (N, CHANNELS), [(N, CHANNELS)], ALIVE),
 }
 

@@ -34,6 +34,7 @@ def test_the_public_names_are_these() -> None:
         "load",
         "mask",
         "measure_latency",
+        "tidy",
         "trace",
     ]
     assert len(sparsekit.__all__) <= 20

@@ -26,6 +26,7 @@ OTHER = Recipe(
     options={"norm": "l2"},
     budget="params<=1M and layer1.*=0.5",
     round_to=16,
+    renormalise=True,
     dense_epochs=0,
     dense_lr=0.2,
     epochs=3,

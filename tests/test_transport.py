@@ -12,7 +12,6 @@ from torch.func import functional_call
 
 from sparsekit.budget import Budget
 from sparsekit.compaction import compact
-from sparsekit.surgery import mask
 from sparsekit.errors import UsageError
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot
@@ -20,6 +19,7 @@ from sparsekit.pruner import channel_norms
 from sparsekit.pruners.transport import GatedNetwork, Solver, Transport
 from sparsekit.selection import allocate
 from sparsekit.soft_topk import exact_mask, initial_plan, sinkhorn_step
+from sparsekit.surgery import mask
 from sparsekit.task import Batch, Record, Schedule, Task
 
 

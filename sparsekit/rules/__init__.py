@@ -23,9 +23,10 @@ def _names(names: str) -> list[str]:
 ELEMENTWISE = _names("""
     abs add addcmul addcdiv atan atan2 bernoulli bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min copy
     cos div dropout elu eq erf erfc exp expm1 fill floor fmod ge gelu gt hardsigmoid hardswish hardtanh isinf isnan
-    le leaky_relu lerp log log10 log1p log2 log_sigmoid_forward logical_and logical_not logical_or logit lt masked_fill maximum minimum mish mul
-    nan_to_num native_dropout ne neg normal pow prelu reciprocal relu relu6 remainder round rrelu_with_noise rsqrt rsub selu
-    sigmoid sign silu sin softplus softshrink sqrt square sub tan tanh threshold trunc uniform where zero _prelu_kernel
+    le leaky_relu lerp log log10 log1p log2 log_sigmoid_forward logical_and logical_not logical_or logit lt masked_fill
+    maximum minimum mish mul nan_to_num native_dropout ne neg normal pow prelu reciprocal relu relu6 remainder round
+    rrelu_with_noise rsqrt rsub selu sigmoid sign silu sin softplus softshrink sqrt square sub tan tanh threshold trunc
+    uniform where zero _prelu_kernel
 """)
 ELEMENTWISE += [f"{name}_" for name in ELEMENTWISE]
 _PER_CHANNEL = _names("""
@@ -35,6 +36,7 @@ _PER_CHANNEL = _names("""
     _upsample_bicubic2d_aa _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d upsample_nearest2d
     upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact2d
 """)
+_SAMPLERS = _names("grid_sampler_2d grid_sampler_3d torchvision::roi_align torchvision::roi_pool")
 _REDUCTIONS = _names("""
     all amax amin any argmax argmin linalg_vector_norm logsumexp max mean min norm prod std std_mean sum var var_mean
 """)
@@ -51,10 +53,12 @@ _ATTENTION = _names("""
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, pointwise.elementwise),
     **dict.fromkeys(_PER_CHANNEL, pointwise.per_channel),
-    **dict.fromkeys(_names("grid_sampler_2d grid_sampler_3d torchvision::roi_align torchvision::roi_pool"), pointwise.sampled),
+    **dict.fromkeys(
+        _names("grid_sampler_2d grid_sampler_3d torchvision::roi_align torchvision::roi_pool"), pointwise.sampled
+    ),
     **dict.fromkeys(_SAME, pointwise.same),
-    **dict.fromkeys(_names("full new_full new_ones new_zeros ones zeros"), pointwise.filled),
-    **dict.fromkeys(_names("arange empty eye linspace new_empty rand randn scalar_tensor"), pointwise.constant),
+    **dict.fromkeys(_names("empty full new_empty new_full new_ones new_zeros ones zeros"), pointwise.filled),
+    **dict.fromkeys(_names("arange eye linspace rand randn scalar_tensor"), pointwise.constant),
     **dict.fromkeys(_names("view _unsafe_view reshape _reshape_alias squeeze unsqueeze"), shapes.view),
     **dict.fromkeys(_names("t transpose permute"), shapes.permute),
     **dict.fromkeys(_names("slice narrow"), shapes.slicing),
@@ -88,7 +92,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("native_batch_norm cudnn_batch_norm"), norms.batch_norm),
 }
 
-_ALIASES = frozenset(_names("view _reshape_alias squeeze unsqueeze t transpose permute slice narrow split split_with_sizes unsafe_split select unbind expand unfold detach alias"))
+_ALIASES = frozenset(
+    _names("""
+    alias detach expand narrow permute _reshape_alias select slice split split_with_sizes squeeze t transpose unbind
+    unfold unsafe_split unsqueeze view
+""")
+)
 
 
 def follow(recording: Recording, coupling: Coupling) -> dict[int, Labels]:

@@ -61,7 +61,7 @@ def same(op: Op, coupling: Coupling) -> Sequence[Labels]:
 
 
 def filled(op: Op, coupling: Coupling) -> Sequence[Labels]:
-    """One number everywhere, zeros or ones: any position may go, with whatever it meets."""
+    """The same everywhere, zeros, ones, or not yet written: any position may go, with whatever it meets."""
     return [tuple(coupling.fresh(size) if size > 1 else None for size in ref.shape) for ref in op.outputs]
 
 

@@ -10,6 +10,13 @@ import numpy as np
 from sparsekit.coupling import Coupling, Label, Labels, Product
 from sparsekit.record import Op, Ref
 
+OPERANDS = {
+    "mm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"),
+    "bmm": ("self", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+}
+
 
 def _count(coupling: Coupling, op: Op, scale: float, *dims: Label | int | tuple[Ref, int]) -> None:
     """Note a call that costs `scale` times the product of `dims`; (ref, dim) is that dimension of a tensor."""
@@ -49,9 +56,7 @@ def convolution(op: Op, coupling: Coupling) -> Sequence[Labels]:
     return [(None, made, *(None,) * (len(out.shape) - 2))]
 
 
-def _grouped(
-    op: Op, coupling: Coupling, x: tuple[Ref, Label | None], weight: Ref, w_labels: Labels
-) -> Label | None:
+def _grouped(op: Op, coupling: Coupling, x: tuple[Ref, Label | None], weight: Ref, w_labels: Labels) -> Label | None:
     """Cut whole convolution groups or the same positions of every group, whichever leaves more channels to choose.
 
     The first dimension of the weight holds all groups, the second the positions of one: [out, in / groups] or,
@@ -111,7 +116,7 @@ def deform_conv(op: Op, coupling: Coupling) -> Sequence[Labels]:
 
 def matmul(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """aten::mm, addmm, bmm and baddbmm: [..., n, k] @ [..., k, m]."""
-    left, right = (op.args[name] for name in _OPERANDS[op.name])
+    left, right = (op.args[name] for name in OPERANDS[op.name])
     *left_batch, rows, left_inner = coupling.labels(left)
     *right_batch, right_inner, made = coupling.labels(right)
     coupling.contract((left, left_inner), (right, right_inner))
@@ -129,9 +134,6 @@ def matmul(op: Op, coupling: Coupling) -> Sequence[Labels]:
             if added.shape[-back] > 1:
                 result[-back] = _agreed(coupling, result[-back], given[-back])
     return [tuple(result)]
-
-
-_OPERANDS = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2"), "baddbmm": ("batch1", "batch2")}
 
 
 def _agreed(coupling: Coupling, *labels: Label | None) -> Label | None:
@@ -155,7 +157,9 @@ def attention(op: Op, coupling: Coupling) -> Sequence[Labels]:
     for back in range(len(query.shape), 2, -1):
         meeting = [given[-back] for given in labels]
         meeting += [
-            coupling.labels(ref)[-back] for ref in masks if len(ref.shape) >= back and ref.shape[-back] == query.shape[-back] > 1
+            coupling.labels(ref)[-back]
+            for ref in masks
+            if len(ref.shape) >= back and ref.shape[-back] == query.shape[-back] > 1
         ]
         leading.append(_agreed(coupling, *meeting))
     for ref in masks:

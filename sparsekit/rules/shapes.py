@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def _runs(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[i
 
 
 def _common_pieces(ins: list[int], outs: list[int]) -> tuple[list[list[int]], list[list[int]]] | None:
-    """The sizes of which both sides are made: [2, 6] and [4, 3] are [2], [2, 3] and [2, 2], [3]. None if there are none.
+    """The sizes of which both sides are made: [2, 6] and [4, 3] are [2], [2, 3] and [2, 2], [3]; None for no such.
 
     >>> _common_pieces([2, 6], [4, 3])
     ([[2], [2, 3]], [[2, 2], [3]])
@@ -110,15 +111,13 @@ def _common_pieces(ins: list[int], outs: list[int]) -> tuple[list[list[int]], li
     """
     ends = [np.cumprod(sizes).tolist() for sizes in (ins, outs)]
     cuts = sorted({1, *ends[0], *ends[1]})
-    if any(high % low for low, high in zip(cuts, cuts[1:], strict=False)):
+    if any(high % low for low, high in pairwise(cuts)):
         return None
-    steps = [(high, high // low) for low, high in zip(cuts, cuts[1:], strict=False)]
+    steps = [(high, high // low) for low, high in pairwise(cuts)]
 
     def inside(ends: list[int]) -> list[list[int]]:
         starts = [1, *ends[:-1]]
-        return [
-            [size for end, size in steps if start < end <= stop] for start, stop in zip(starts, ends, strict=True)
-        ]
+        return [[size for end, size in steps if start < end <= stop] for start, stop in zip(starts, ends, strict=True)]
 
     return inside(ends[0]), inside(ends[1])
 
@@ -135,7 +134,7 @@ def slicing(op: Op, coupling: Coupling) -> Sequence[Labels]:
     step = op.args.get("step") or 1
     if step == 1 and length > 1 and size % length == 0 and start % length == 0:
         _unite_parts(coupling, [label[at : at + length] for at in range(0, size, length)])
-    return [(*given[:dim], _part(coupling, op, label[start :: step][:length]), *given[dim + 1 :])]
+    return [(*given[:dim], _part(coupling, op, label[start::step][:length]), *given[dim + 1 :])]
 
 
 def start_of(op: Op, size: int) -> int:
@@ -217,11 +216,12 @@ def cat(op: Op, coupling: Coupling) -> Sequence[Labels]:
     for axis in range(rank):
         labels = [coupling.labels(ref)[axis] for ref in parts]
         if all(label is None or coupling.is_static(ref) for ref, label in zip(parts, labels, strict=True)):
-            # Learned tokens beside tokens of the input; weights beside weights are all labelled.
-            whole = all(label is not None for label in labels)
-            result.append(joined(labels) if whole and axis == dim else coupling.unite(*labels) if whole else None)
-            if not whole:
-                coupling.freeze(labels, "is joined with positions that are no channels", report=False)
+            given = [label for label in labels if label is not None]
+            if len(given) == len(labels):  # weights beside weights
+                result.append(joined(given) if axis == dim else coupling.unite(*given))
+            else:  # learned tokens beside tokens of the input
+                coupling.freeze(given, "is joined with positions that are no channels", report=False)
+                result.append(None)
         elif axis == dim:
             known = [
                 _constant(coupling, ref.shape[axis]) if label is None else label
@@ -244,7 +244,10 @@ def stack(op: Op, coupling: Coupling) -> Sequence[Labels]:
     (out,) = op.outputs
     dim = op.args["dim"] % len(out.shape)
     rows = [coupling.labels(ref) for ref in op.args["tensors"]]
-    agreed = [None if all(label is None for label in column) else coupling.unite(*column) for column in zip(*rows)]
+    agreed = [
+        None if all(label is None for label in column) else coupling.unite(*column)
+        for column in zip(*rows, strict=True)
+    ]
     return [(*agreed[:dim], None, *agreed[dim:])]
 
 
