@@ -107,14 +107,17 @@ def connect(coupling: Coupling, *, renormalise: bool = False) -> Channels:
     # A parameter that is reshaped before it reads has other atoms there than in its own place.
     moved = [label for label in coupling.read if not is_place[label].all()]
     silent = those([mark.atoms for mark in coupling.silent] + moved)
-    inexact = those([mark.atoms for mark in coupling.renormalised])
+    divisors = those(coupling.divisors)
+    # What cannot be silenced is as good as normalised together.
+    inexact = those([mark.atoms for mark in coupling.renormalised]) | (silent & divisors)
+    silent &= ~divisors
     fixed = those([mark.atoms for mark in coupling.fixed])
     tangled = those([np.flatnonzero(tangled[component])[:, None]]) | tangled
     free = ~those([mark.atoms for mark in coupling.frozen]) & ~tangled
     if not renormalise:
         free &= ~inexact
     signature, made, read = _signatures(coupling, of, count, silent * 4 + inexact * 2 + fixed)
-    free &= made & (read | silent)
+    free &= made & (read | silent | inexact)
     free &= factors[:, 0] < 0  # a product is no channel
     group = np.full(count, _NONE, dtype=np.int64)
     rank = np.zeros(count, dtype=np.int64)

@@ -67,6 +67,7 @@ class Coupling:
         renormalised: atoms that are normalised together, so that zero is not removal.
         read: atoms of parameters that multiply a channel inside a sum.
         silent: atoms whose channels vanish once all their own parameters are zero, and are summed over.
+        divisors: atoms of parameters that something is divided by, which must not be zero.
         added: where outputs of layers are summed element by element.
         macs: multiply-accumulates, a term per call.
     """
@@ -80,6 +81,7 @@ class Coupling:
         self.renormalised: list[Mark] = []
         self.read: list[Label] = []
         self.silent: list[Mark] = []
+        self.divisors: list[Label] = []
         self.added: list[Label] = []
         self.macs: list[Product] = []
         self.num_atoms = 0

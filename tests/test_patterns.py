@@ -88,7 +88,9 @@ def test_what_is_refused_says_why_and_where(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, pattern in PATTERNS.items() if not pattern.refused])
 def test_nothing_but_input_and_output_is_refused_where_all_can_be_cut(name: str) -> None:
     graph, _ = traced(name, PATTERNS[name].modes[-1])
-    assert graph.refusals == (), reasons(graph)
+    # A factor that is normalised together is named, also where another factor of the same dimension can be cut.
+    lost = [row for row in graph.refusals if row.macs_share > 0 or "renormalise=True" not in row.reason]
+    assert lost == [], reasons(graph)
 
 
 @pytest.mark.parametrize("drop", [2, 3])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from sparsekit.coupling import Coupling, Labels
 from sparsekit.record import Op, Recording
 from sparsekit.rules import norms, pointwise, products, shapes
-from sparsekit.rules.silence import stays_zero
+from sparsekit.rules.silence import divisors, stays_zero
 
 Rule = Callable[[Op, Coupling], Sequence[Labels]]
 
@@ -107,6 +107,7 @@ def follow(recording: Recording, coupling: Coupling) -> dict[int, Labels]:
     for op in recording.ops:
         coupling.enter(op, used=op in used)
         outputs = RULES.get(op.name, pointwise.no_rule)(op, coupling)
+        coupling.divisors += divisors(op, coupling)
         coupling.leave(op, outputs, clean=stays_zero(op, coupling, outputs), alias=op.name in _ALIASES)
     coupling.enter(None, used=True)
     for ref in recording.outputs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsekit.coupling import Coupling, Labels
+from sparsekit.coupling import Coupling, Label, Labels
 from sparsekit.record import Op, Ref
 
 _ZERO_STAYS = frozenset(
@@ -46,6 +46,18 @@ def stays_zero(op: Op, coupling: Coupling, outputs: Sequence[Labels]) -> bool:
             return bool(covering)
         return op.args["self"] in covering and (name == "div" or len(covering) == 2)
     return False
+
+
+def divisors(op: Op, coupling: Coupling) -> list[Label]:
+    """Labels of parameters that must not be set to zero, because the op divides by them."""
+    name = op.name.removesuffix("_")
+    ref = op.args["other"] if name == "div" else op.args["self"] if name in _DIVIDING else None
+    if not isinstance(ref, Ref) or not coupling.is_static(ref):
+        return []
+    return [label for label in coupling.labels(ref) if label is not None]
+
+
+_DIVIDING = frozenset(["reciprocal", "rsqrt", "log", "log2", "log10"])
 
 
 def _product_stays_zero(op: Op, coupling: Coupling, output: Labels) -> bool:
