@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-TIMEOUT_S = 60  # of CPU
+TIMEOUT_S = 30  # of CPU
 MEMORY_BYTES = 8 * 2**30  # beyond what the process holds already: Swin alone asks for more than 12 GB
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsekit.artifact import FILES, Artifact, load
 from sparsekit.errors import DataError, SparsekitError, UsageError
 from sparsekit.pipeline import compress
+from sparsekit.program import Program
 from sparsekit.recipe import Recipe
 from sparsekit.report import Report
 from tests import tiny
@@ -239,3 +240,48 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_copied_or_renamed_folder_loads(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     assert load(tmp_path / "copy", tiny.Net)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+class Literal(nn.Module):
+    """Its forward writes a size that cutting cannot reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(1, 12, 3, padding=1)
+        self.b = nn.Conv2d(12, 10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x)).view(-1, 12, 8, 8)
+        return self.b(x).mean((2, 3))
+
+
+def test_a_recorded_program_is_saved_without_pickle_and_loads_without_a_factory(tmp_path: Path) -> None:
+    made = compressed(Literal)
+    assert isinstance(made.model, Program)
+    assert any("a recorded program, not the network's own class: tests/" in text for text in made.report.warnings)
+    folder = made.save(tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {*FILES, "program.json"}
+    again = load(folder)
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(again(x), made.model(x))
+    (folder / "program.json").write_text('{"format": "other"}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"program\.json: not a sparsekit program"):
+        load(folder)
+
+
+def test_what_was_tidied_away_first_is_cut_again_on_loading(tmp_path: Path) -> None:
+    def half_dead() -> nn.Module:
+        network = tiny.Net().eval()
+        with torch.no_grad():
+            network.bn1.weight[:3] = 0
+            network.bn1.bias[:3] = 0
+        return network
+
+    made = compressed(half_dead)
+    assert [plan.kept for plan in made.before] == [{"conv1": 5}]
+    folder = made.save(tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {*FILES, "tidy-0.json"}
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(load(folder, tiny.Net)(x), made.model(x))
+    with pytest.raises(UsageError, match="give its factory"):
+        load(folder)
