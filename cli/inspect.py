@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 
 import click
 from rich.table import Table
 
 from sparsekit.cli.console import json_option, out, print_json
 from sparsekit.cost import num_macs, num_params, term_value
-from sparsekit.graph import trace
+from sparsekit.graph import Refusal, trace
 from sparsekit.ingredients import build
 from sparsekit.recipe import Recipe
 
@@ -73,6 +74,16 @@ def inspect(
     for name, macs, params in layers:
         table.add_row(name, f"{macs:,}", f"{macs / total:.1%}", f"{params:,}")
     out.print(table)
-    for row in graph.refusals:
-        click.echo(f"kept: {row.module} ({row.source}, aten::{row.op}): {row.reason}; {row.macs_share:.1%} of MACs")
+    for rows in _alike(graph.refusals):
+        row = rows[0]
+        where = row.module if len(rows) == 1 else f"{row.module} and {len(rows) - 1} like it, each"
+        click.echo(f"kept: {where} ({row.source}, aten::{row.op}): {row.reason}; {row.macs_share:.1%} of MACs")
     click.echo(f"{total:,} MACs, {num_params(graph):,} parameters, {len(graph.groups)} groups")
+
+
+def _alike(refusals: Iterable[Refusal]) -> list[list[Refusal]]:
+    """Refusals of the same line for the same reason and share, as the blocks of a network have them."""
+    alike: dict[tuple[str, str, str, str], list[Refusal]] = {}
+    for row in refusals:
+        alike.setdefault((row.source, row.op, row.reason, f"{row.macs_share:.1%}"), []).append(row)
+    return list(alike.values())

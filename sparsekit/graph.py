@@ -174,8 +174,8 @@ def _refusals(coupling: Coupling, channels: Channels, calls: tuple[Product, ...]
         return ()
     # Positions of tokens or kernels are no channels: only what a layer makes or reads can be lost.
     layers = channels.owning([label for call in calls for label in call.layer])
-    held = csr_array(np.stack([channels.owning(labels) & layers for labels in found.values()]).astype(np.int8))
-    locked = csr_array(np.stack([_locked(channels, call.dims) & layers for call in calls]).astype(np.int8))
+    held = csr_array(np.stack([channels.owning(labels) & layers for labels in found.values()]).astype(np.int64))
+    locked = csr_array(np.stack([_locked(channels, call.dims) & layers for call in calls]).astype(np.int64))
     sizes = [call.scale * np.prod([float(d) if isinstance(d, int) else len(d) for d in call.dims]) for call in calls]
     hits = (held @ locked.T).toarray() > 0
     shares = hits @ (np.array(sizes) / sum(sizes))

@@ -82,6 +82,13 @@ def test_an_op_without_a_rule_freezes_only_what_it_touches_and_is_named() -> Non
     assert_cuts_exactly(graph)
 
 
+@pytest.mark.parametrize("width", [100, 200, 300])
+def test_the_share_that_a_refusal_locks_does_not_depend_on_how_many_channels_it_holds(width: int) -> None:
+    network = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 4))
+    (refusal,) = trace(network, torch.zeros(2, 4)).refusals
+    assert (refusal.module, refusal.op, refusal.macs_share) == ("1", "native_layer_norm", 1.0)
+
+
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
