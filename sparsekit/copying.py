@@ -40,7 +40,11 @@ def kept_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _inside(value: Any) -> list[Any]:
-    return tree_leaves(value) if isinstance(value, dict | list | tuple) and value else []
+    if not isinstance(value, dict | list | tuple) or (
+        type(value) is not dict and all(type(item) in _FIXED for item in value)
+    ):
+        return []
+    return tree_leaves(value)
 
 
 def _copies_plainly(kind: type[nn.Module]) -> bool:
@@ -55,8 +59,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if kind in _CONTAINERS and not value:
         return kind()
-    if kind is tuple and all(type(item) in _FIXED for item in value):
-        return value
+    if (kind is tuple or kind is list) and all(type(item) in _FIXED for item in value):
+        return value if kind is tuple else value.copy()
     if id(value) in memo:
         return memo[id(value)]
     if kind is nn.Parameter or kind is Tensor:

@@ -54,7 +54,7 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
         if dim == COUNT:
             counts[name] = len(torch.cat(positions).unique())
             continue
-        tensor = edited.get(name, tensor_of(model, name).detach())
+        tensor = edited[name] if name in edited else tensor_of(model, name).detach()
         stay = torch.ones(tensor.shape[dim], dtype=torch.bool)
         stay[torch.cat(positions)] = False
         edited[name] = tensor.index_select(dim, stay.nonzero().flatten().to(tensor.device))
@@ -95,8 +95,9 @@ def _edited(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
         edited[name] = value.to(states[name], copy=True)
     for name, value in plan.nonzero.items():
         edited[name] = edited.get(name, states[name].detach()) * value.to(states[name].device)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for group, keep in plan.keep.items():
-        for slot in _checked_slots(model, group):
+        for slot in _checked_slots(modules, group):
             if slot.read and group in plan.merge:
                 if slot.tensor not in edited:
                     edited[slot.tensor] = tensor_of(model, slot.tensor).detach().clone()
@@ -135,12 +136,12 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return value
 
 
-def _checked_slots(model: nn.Module, group: ChannelGroup) -> tuple[Slot, ...]:
+def _checked_slots(modules: Mapping[str, nn.Module], group: ChannelGroup) -> tuple[Slot, ...]:
     for slot in group.slots:
         path, _, leaf = slot.tensor.rpartition(".")
         try:
-            value = getattr(model.get_submodule(path), leaf)
-        except AttributeError:
+            value = getattr(modules[path], leaf)
+        except (AttributeError, KeyError):
             raise PlanError(f"group {group.name!r}: the model has no {slot.tensor!r}") from None
         size = value if slot.dim == COUNT else value.shape[slot.dim] if slot.dim < value.dim() else 0
         if not isinstance(size, int) or int(slot.index.max()) >= size:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from sparsekit.baking import bake, is_computed
 from sparsekit.channels import Channels, connect
+from sparsekit.copying import kept_tensors
 from sparsekit.coupling import Coupling, Labels, Mark, Product
 from sparsekit.errors import PlanError, TraceError
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot
@@ -98,7 +99,7 @@ def _key(slot: Slot) -> tuple[str, int, bytes]:
 
 def _record(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[Recording]]:
     """A copy of the model without storage and what it did; a real one where the forward needs values."""
-    twin = _plain(on_meta(model))
+    twin = _without_caches(_plain(on_meta(model)))
     recordings = _recordings(twin, inputs)
     if recordings[0].error is not None:
         twin = _plain(copied(model).cpu())
@@ -106,7 +107,12 @@ def _record(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[
     error = recordings[0].error
     if error is not None:
         raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
-    return twin, recordings
+    return _without_caches(twin), recordings
+
+
+def _without_caches(twin: nn.Module) -> nn.Module:
+    """What a forward left behind would change the next one."""
+    return copied(twin) if kept_tensors(twin) else twin
 
 
 def _plain(twin: nn.Module) -> nn.Module:
@@ -124,8 +130,7 @@ def for_training(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
     """The pass in eval mode, and the one in training mode where that alone uses some parameters."""
-    # Of copies: a forward may leave something behind that changes the next one.
-    evaluated = record(copied(twin).eval(), inputs)
+    evaluated = record(twin.eval(), inputs)
     used = {ref.index for op in evaluated.ops for ref in op.tensors()}
     idle = [name for name, _ in twin.named_parameters() if evaluated.states[name].index not in used]
     if not idle or evaluated.error is not None:
