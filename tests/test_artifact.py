@@ -252,7 +252,8 @@ class Literal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.a(x)).view(-1, 12, 8, 8)
-        return self.b(x).mean((2, 3))
+        logits: Tensor = self.b(x).mean((2, 3))
+        return logits
 
 
 def test_a_recorded_program_is_saved_without_pickle_and_loads_without_a_factory(tmp_path: Path) -> None:
