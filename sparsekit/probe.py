@@ -23,7 +23,7 @@ from sparsekit.coupling import Coupling, Label, Labels, Mark, Place
 from sparsekit.plan import COUNT, ChannelGroup, PruningPlan
 from sparsekit.record import Op, Recording, Ref, record
 from sparsekit.rules import ELEMENTWISE
-from sparsekit.rules.shapes import start_of
+from sparsekit.rules.picks import start_of
 from sparsekit.surgery import cut
 
 _MAX_LEVELS = 3  # how far above the module that runs an op its attributes are looked for

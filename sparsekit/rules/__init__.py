@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sparsekit.coupling import Coupling, Labels
 from sparsekit.record import Op, Recording
-from sparsekit.rules import norms, pointwise, products, shapes
+from sparsekit.rules import norms, picks, pointwise, products, shapes, windows
 from sparsekit.rules.silence import divisors, stays_zero
 
 Rule = Callable[[Op, Coupling], Sequence[Labels]]
@@ -61,24 +61,24 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("arange eye linspace rand randn scalar_tensor"), pointwise.constant),
     **dict.fromkeys(_names("view _unsafe_view reshape _reshape_alias squeeze unsqueeze"), shapes.view),
     **dict.fromkeys(_names("t transpose permute"), shapes.permute),
-    **dict.fromkeys(_names("slice narrow"), shapes.slicing),
-    **dict.fromkeys(_names("split split_with_sizes chunk unsafe_split unsafe_chunk"), shapes.splitting),
-    **dict.fromkeys(_names("index_select embedding"), shapes.pick),
-    **dict.fromkeys(_names("roll flip"), shapes.roll),
-    **dict.fromkeys(_names("channel_shuffle native_channel_shuffle"), shapes.channel_shuffle),
-    "select": shapes.select,
-    "unbind": shapes.unbind,
+    **dict.fromkeys(_names("slice narrow"), picks.slicing),
+    **dict.fromkeys(_names("split split_with_sizes chunk unsafe_split unsafe_chunk"), picks.splitting),
+    **dict.fromkeys(_names("index_select embedding"), picks.pick),
+    **dict.fromkeys(_names("roll flip"), picks.roll),
+    **dict.fromkeys(_names("channel_shuffle native_channel_shuffle"), windows.channel_shuffle),
+    "select": picks.select,
+    "unbind": picks.unbind,
     "expand": shapes.expand,
     "repeat": shapes.repeat,
     "cat": shapes.cat,
     "stack": shapes.stack,
-    "glu": shapes.glu,
-    "index": shapes.index,
-    "unfold": shapes.unfold,
-    "im2col": shapes.im2col,
-    "col2im": shapes.col2im,
-    "pixel_shuffle": shapes.pixel_shuffle,
-    "pixel_unshuffle": shapes.pixel_unshuffle,
+    "glu": picks.glu,
+    "index": picks.index,
+    "unfold": windows.unfold,
+    "im2col": windows.im2col,
+    "col2im": windows.col2im,
+    "pixel_shuffle": windows.pixel_shuffle,
+    "pixel_unshuffle": windows.pixel_unshuffle,
     "constant_pad_nd": shapes.constant_pad,
     "convolution": products.convolution,
     "torchvision::deform_conv2d": products.deform_conv,
