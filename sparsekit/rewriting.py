@@ -28,6 +28,8 @@ def rewrite(op: Op, living: Living) -> Op:
     Raises:
         PlanError: it numbers positions of a cut dimension in a way that has no rule.
     """
+    if op.name in _RESHAPES:  # always, because a recording of another batch size may write a size as -1
+        return _resized(op, living)
     if not any(living.is_cut(ref) for ref in (*op.tensors(), *op.outputs)):
         return op
     rule = _RULES.get(op.name)

@@ -66,9 +66,12 @@ def _alike(a: Take, b: Take) -> bool:
     mine, theirs = ([op for op in take.recording.ops if op.name not in skipped] for take in (a, b))
     if [op.name for op in mine] != [op.name for op in theirs]:
         return False
+    pairs = list(zip(mine, theirs, strict=True))
+    if any(one.name == "permute" and one.args["dims"] != other.args["dims"] for one, other in pairs):
+        return False  # einsum leaves out dimensions of one position
     return all(
         x == y or type(x) is not float or limit_of(a.dtype, x, b.dtype, y)
-        for one, other in zip(mine, theirs, strict=True)
+        for one, other in pairs
         for x, y in zip(one.args.values(), other.args.values(), strict=False)
     )
 

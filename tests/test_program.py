@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
+from sparsekit.compaction import compact
 from sparsekit.coupling import Labels
 from sparsekit.errors import DataError, PlanError, UsageError
 from sparsekit.export import export_onnx
 from sparsekit.living import Living
+from sparsekit.plan import PruningPlan
 from sparsekit.program import Program
 from sparsekit.record import Recording, record
 from sparsekit.replay import as_program
@@ -670,3 +672,26 @@ def test_tensors_of_another_shape_than_the_steps_need_are_named() -> None:
     small.fc.weight.data = small.fc.weight.data[:4]
     with pytest.raises(PlanError, match=re.escape("'fc.weight': [4, 6] are left, the recorded ops need [6, 6]")):
         as_program(model, small, (X,), whole)
+
+
+class Einsum(nn.Module):
+    """Contracts by einsum, which leaves out dimensions of size 1, and reshapes with -1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 1)
+        self.b = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x.reshape(x.shape[0], 6, -1).transpose(1, 2)
+        return torch.einsum("bnc,bmc,cd->bnd", x, x, self.b)
+
+
+def test_what_one_example_hides_is_learnt_from_two() -> None:
+    torch.manual_seed(0)
+    network = Einsum().eval()
+    program = compact(network, PruningPlan(), torch.randn(1, 3, 4, 4), as_="graph")
+    for batch_size in (1, 2, 5):
+        x = torch.randn(batch_size, 3, 4, 4)
+        torch.testing.assert_close(program(x), network(x))

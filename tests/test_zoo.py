@@ -10,6 +10,7 @@ import torch
 from benchmarks.zoo_models import cases, redraw
 from sparsekit.compaction import certify, compact
 from sparsekit.graph import trace
+from sparsekit.plan import PruningPlan
 from sparsekit.program import Program
 from sparsekit.selection import keep_top
 
@@ -72,3 +73,13 @@ def test_half_of_every_group_is_cut_and_certified(name: str) -> None:
     certificate = certify(network, plan, small, inputs)
     assert certificate.holds, certificate
     assert set(certificate.renormalised) == {group.name for group in graph.groups if not group.exact}
+
+
+@pytest.mark.parametrize("name", ["timm:coat_lite_tiny", "timm:xcit_nano_12_p8_224"])
+def test_a_program_recorded_on_one_example_runs_on_any_number(name: str) -> None:
+    torch.manual_seed(0)
+    network = CASES[name].build().eval()
+    (x,) = CASES[name].inputs()
+    program = compact(network, PruningPlan(), x, as_="graph")
+    batch = torch.cat([x, torch.randn_like(x), torch.randn_like(x)])
+    torch.testing.assert_close(program(batch), network(batch))
