@@ -94,14 +94,14 @@ def trace(model: nn.Module, example_inputs: Any, *, renormalise: bool = False) -
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     check_inputs(model, inputs)
     found = survey(model, inputs, renormalise=renormalise)
-    return _graph(model, found, _batch_size(inputs))
+    return _graph(model, found, _batch_size(inputs), on_request=not renormalise)
 
 
 def _batch_size(inputs: tuple[Any, ...]) -> int:
     return next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 1), 1)
 
 
-def _graph(model: nn.Module, found: Survey, batch_size: int) -> ChannelGraph:
+def _graph(model: nn.Module, found: Survey, batch_size: int, *, on_request: bool) -> ChannelGraph:
     coupling, channels, groups, calls = found.coupling, found.channels, found.groups, found.calls
     evaluated = found.recordings[0]
     sizes = _Sizes(channels, groups)
@@ -110,7 +110,7 @@ def _graph(model: nn.Module, found: Survey, batch_size: int) -> ChannelGraph:
         sizes.term(_numel(name, evaluated.states[name], coupling), 1.0) for name, _ in found.twin.named_parameters()
     )
     uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors()}
-    refusals = _refusals(coupling, channels, calls)
+    refusals = _refusals(coupling, channels, calls, on_request=on_request)
     return ChannelGraph(model, tuple(groups.values()), refusals, macs, params, tuple(sorted(uncounted)))
 
 
@@ -151,17 +151,19 @@ class _Sizes:
         return size
 
 
-def _refusals(coupling: Coupling, channels: Channels, calls: tuple[Product, ...]) -> tuple[Refusal, ...]:
+def _refusals(
+    coupling: Coupling, channels: Channels, calls: tuple[Product, ...], *, on_request: bool
+) -> tuple[Refusal, ...]:
     """One row per line of the user's code, operator and reason, with the MACs of the layers it locks.
 
     What is frozen along one factor while another can still be cut, as the three parts of packed queries, keys and
-    values, locks nothing and is not listed.
+    values, locks nothing and is not listed. `on_request` lists what `renormalise=True` would offer.
     """
     found: dict[tuple[str, str, str, str], list[Label]] = {}
     for mark in coupling.frozen:
         if mark.op is not None and len(mark.atoms):
             found.setdefault((mark.op.module, mark.op.source, mark.op.name, mark.reason), []).append(mark.atoms)
-    for mark in coupling.renormalised:
+    for mark in coupling.renormalised if on_request else ():
         if mark.op is not None and (channels.group[channels.owning([mark.atoms])] < 0).any():
             reason = f"{mark.reason}{_ON_REQUEST}"
             found.setdefault((mark.op.module, mark.op.source, mark.op.name, reason), []).append(mark.atoms)
