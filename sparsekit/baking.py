@@ -30,6 +30,13 @@ def bake(module: nn.Module) -> None:
             prune.remove(module, hook._tensor_name)
 
 
+def bake_all(model: nn.Module) -> nn.Module:
+    """`bake` every module of `model`, in place; returns it."""
+    for module in list(model.modules()):
+        bake(module)
+    return model
+
+
 def _bake_parametrizations(module: nn.Module) -> None:
     """Torch's own removal changes the module's class, which a copy shares with the original."""
     computations = module.get_submodule("parametrizations").eval()  # or spectral norm takes a step of its iteration

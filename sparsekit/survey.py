@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from sparsekit.baking import bake, is_computed
+from sparsekit.baking import bake_all
 from sparsekit.channels import Channels, connect
 from sparsekit.copying import kept_tensors
 from sparsekit.coupling import Coupling, Labels, Mark, Product
@@ -99,10 +99,10 @@ def _key(slot: Slot) -> tuple[str, int, bytes]:
 
 def _record(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[Recording]]:
     """A copy of the model without storage and what it did; a real one where the forward needs values."""
-    twin = _without_caches(_plain(on_meta(model)))
+    twin = _without_caches(bake_all(on_meta(model)))
     recordings = _recordings(twin, inputs)
     if recordings[0].error is not None:
-        twin = _plain(copied(model).cpu())
+        twin = bake_all(copied(model).cpu())
         recordings = _recordings(twin, inputs)
     error = recordings[0].error
     if error is not None:
@@ -113,13 +113,6 @@ def _record(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[
 def _without_caches(twin: nn.Module) -> nn.Module:
     """What a forward left behind would change the next one."""
     return copied(twin) if kept_tensors(twin) else twin
-
-
-def _plain(twin: nn.Module) -> nn.Module:
-    for module in list(twin.modules()):
-        if is_computed(module):
-            bake(module)
-    return twin
 
 
 def for_training(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.baking import bake, is_computed
+from sparsekit.baking import bake_all, is_computed
 from sparsekit.compaction import compact
 from sparsekit.constant_rules import BATCH_NORM, DATA, constant_reads, sees_border
 from sparsekit.constants import Constant, aliases, kernel, occupied, per_channel, weighted_sum
@@ -84,11 +84,7 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model, or a copy where modules compute weights from others: their zeros show only in what they compute."""
     if not any(is_computed(module) for module in model.modules()):
         return model
-    plain = copied(model)
-    for module in list(plain.modules()):
-        if is_computed(module):
-            bake(module)
-    return plain
+    return bake_all(copied(model))
 
 
 def _has_zeros(name: str, tensor: Tensor) -> bool:
