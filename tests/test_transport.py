@@ -16,7 +16,7 @@ from sparsekit.errors import UsageError
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot
 from sparsekit.pruner import channel_norms
-from sparsekit.pruners.transport import GatedNetwork, Solver, Transport
+from sparsekit.pruners.transport import MaskedNetwork, Solver, Transport
 from sparsekit.selection import allocate
 from sparsekit.soft_topk import exact_mask, initial_plan, sinkhorn_step
 from sparsekit.surgery import mask
@@ -252,15 +252,15 @@ TASK = Task(
 )
 
 
-def gated(graph: ChannelGraph, **options: object) -> GatedNetwork:
+def gated(graph: ChannelGraph, **options: object) -> MaskedNetwork:
     norms = channel_norms(graph, p=2)
     half = {group: (norms[group], group.size // 2) for group in graph.groups}
-    return GatedNetwork(copy.deepcopy(graph.model), half, method=Transport(**options))  # type: ignore[arg-type]
+    return MaskedNetwork(copy.deepcopy(graph.model), half, method=Transport(**options))  # type: ignore[arg-type]
 
 
 def test_an_open_gate_changes_nothing(graph: ChannelGraph) -> None:
     network, x = gated(graph).double().eval(), torch.randn(4, 3, 6, 6).double()
-    assert torch.equal(network(x), network.network(x))
+    assert torch.equal(network(x), network.gated.network(x))
 
 
 def test_a_hard_gate_computes_what_the_plan_says(graph: ChannelGraph) -> None:
@@ -268,8 +268,8 @@ def test_a_hard_gate_computes_what_the_plan_says(graph: ChannelGraph) -> None:
     network.mask.copy_(network.kept)
     keep = {group: row[: group.size] for group, row in zip(graph.groups, network.kept, strict=True)}
     x = torch.randn(4, 3, 6, 6).double()
-    expected = mask(network.network, PruningPlan(keep))(x)
-    assert not torch.allclose(expected, network.network(x))
+    expected = mask(network.gated.network, PruningPlan(keep))(x)
+    assert not torch.allclose(expected, network.gated.network(x))
     assert torch.allclose(network(x), expected, rtol=1e-12)
 
 
@@ -277,15 +277,15 @@ def test_the_gate_acts_through_batchnorm_and_a_gate_on_the_filter_does_not(graph
     """A filter in front of train-mode BatchNorm may be scaled freely: its gate would never learn."""
     network = gated(graph).double().train()
     (inputs, targets), *_ = batches(0)
-    open_gate = network.valid.double().requires_grad_()
+    open_gate = network.gated.valid.double().requires_grad_()
 
     def gradient(weights: dict[str, Tensor]) -> Tensor:
-        output = functional_call(network.network, weights, inputs.double())
+        output = functional_call(network.gated.network, weights, inputs.double())
         loss = nn.functional.cross_entropy(output, targets)
         return torch.autograd.grad(loss, open_gate)[0][0, :8].abs().mean()
 
-    stem = network.network.get_parameter("stem.weight")
-    on_readers = gradient(network.gated_weights(open_gate))
+    stem = network.gated.network.get_parameter("stem.weight")
+    on_readers = gradient(network.gated.weights(open_gate))
     on_filter = gradient({"stem.weight": stem * open_gate[0, :8, None, None, None]})
     assert on_readers > 1e-3
     assert on_filter < 1e-3 * on_readers
@@ -303,7 +303,7 @@ def test_padding_is_never_kept_even_where_all_masks_are_zero(graph: ChannelGraph
     network.mask.zero_()
     network.scaled_scores.data.neg_()
     kept = network.top_k()
-    assert not (kept & ~network.valid).any()
+    assert not (kept & ~network.gated.valid).any()
     assert torch.equal(kept.sum(1), network.keep_counts)
 
 
@@ -318,15 +318,15 @@ def test_a_weight_read_along_two_dims_is_scaled_along_both() -> None:
     index = torch.arange(2)[:, None]
     groups = [ChannelGroup(f"input{dim}", 2, (Slot("weight", dim, index, read=True),)) for dim in (1, 2)]
     scores = {group: (torch.tensor([1.0, 2.0]), 1) for group in groups}
-    network = GatedNetwork(nn.Bilinear(2, 2, 3), scores, method=Transport())
+    network = MaskedNetwork(nn.Bilinear(2, 2, 3), scores, method=Transport())
     factors = torch.tensor([[0.5, 2.0], [3.0, 5.0]])
-    expected = network.network.get_parameter("weight") * factors[0][:, None] * factors[1]
-    assert torch.allclose(network.gated_weights(factors)["weight"], expected)
+    expected = network.gated.network.get_parameter("weight") * factors[0][:, None] * factors[1]
+    assert torch.allclose(network.gated.weights(factors)["weight"], expected)
 
 
 def test_a_half_precision_network_keeps_its_dtype_and_the_mask_float32(graph: ChannelGraph) -> None:
     network = gated(graph).train()
-    network.network.bfloat16()
+    network.gated.network.bfloat16()
     output = network(torch.randn(4, 3, 6, 6, dtype=torch.bfloat16))
     assert output.dtype == torch.bfloat16
     assert network.mask.dtype == torch.float32

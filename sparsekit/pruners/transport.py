@@ -3,8 +3,7 @@
 Importance scores and weights train together through the soft top-k of `soft_topk.py`, one mask per channel group,
 which sums to the number of channels kept and hardens by itself as training goes on.
 
-The mask scales every place that reads a channel (the `read` slots), not the filters that make it: followed by
-train-mode BatchNorm, a scaled filter is the same filter. Behind a ReLU this equals the gate after BatchNorm.
+The mask gates every place that reads a channel, see `gates.py`.
 
 Needs task.fit.
 
@@ -15,18 +14,18 @@ Source: Li et al., "Differentiable Transportation Pruning", ICCV 2023, Algorithm
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from sparsekit.budget import Budget
 from sparsekit.errors import UsageError, nearest
+from sparsekit.gates import GatedNetwork
 from sparsekit.graph import ChannelGraph
 from sparsekit.plan import ChannelGroup, PruningPlan
 from sparsekit.pruner import channel_norms
@@ -35,11 +34,10 @@ from sparsekit.soft_topk import exact_mask, initial_plan, sinkhorn_step
 from sparsekit.task import Record, Schedule, Task
 
 Solver = Literal["sinkhorn", "exact"]
-Positions = dict[tuple[str, int], Tensor]  # (weight, dim) -> int64, one entry per position along dim
 
 
-class GatedNetwork(nn.Module):
-    """`network` in which what every channel contributes to its readers is scaled by a trained soft mask.
+class MaskedNetwork(nn.Module):
+    """A network whose gates are a trained soft mask.
 
     Each training forward advances the mask by one step of the solver; in eval mode the last mask stands (all
     ones before the first). Scores, mask and solver state are part of `state_dict`, so that a run can resume.
@@ -53,37 +51,20 @@ class GatedNetwork(nn.Module):
         self, network: nn.Module, groups: Mapping[ChannelGroup, tuple[Tensor, int]], *, method: Transport
     ) -> None:
         super().__init__()
-        self.network, self.groups, self.method = network, tuple(groups), method
+        self.gated, self.method = GatedNetwork(network, tuple(groups)), method
         scores, counts = zip(*groups.values(), strict=True)
         # The loop has one learning rate. Training s / c in place of s is training s at c * c times that rate.
         self.scale = math.sqrt(method.score_lr / method.lr)
         padded = pad_sequence([row.detach() for row in scores], batch_first=True)
         self.scaled_scores = nn.Parameter(padded / self.scale)
-        width = padded.shape[1]
-        self.valid = nn.Buffer(torch.arange(width) < torch.tensor([[group.size] for group in groups]))
         self.keep_counts = nn.Buffer(torch.tensor(counts))
-        log_plan, potential = initial_plan(self.valid, epsilon=method.epsilon)
+        log_plan, potential = initial_plan(self.gated.valid, epsilon=method.epsilon)
         self.log_plan, self.potential = nn.Buffer(log_plan), nn.Buffer(potential)
-        self.mask = nn.Buffer(self.valid.float())
+        self.mask = nn.Buffer(self.gated.valid.float())
         self.kept = nn.Buffer(self.top_k())
-        positions = _factor_positions(network, self.groups, width)
-        self.reads = {read: len(where) for read, where in positions.items()}
-        self.positions = nn.Buffer(torch.cat([*positions.values()]), persistent=False)
 
     def forward(self, *inputs: Any) -> Any:
-        mask_GC = self._advance() if self.training else self.mask
-        return functional_call(self.network, self.gated_weights(mask_GC), inputs)
-
-    def gated_weights(self, mask_GC: Tensor) -> dict[str, Tensor]:
-        """Name -> weight, for every weight that reads a masked channel, with that channel's slices scaled."""
-        flat = torch.cat([mask_GC.flatten(), mask_GC.new_ones(1)])
-        factors = torch.split(flat.index_select(0, self.positions), [*self.reads.values()])
-        weights: dict[str, Tensor] = {}
-        for (name, dim), factor in zip(self.reads, factors, strict=True):
-            weight = weights[name] if name in weights else self.network.get_parameter(name)
-            shape = [-1 if axis == dim else 1 for axis in range(weight.dim())]
-            weights[name] = weight * factor.to(weight.dtype).view(shape)
-        return weights
+        return self.gated(self._advance() if self.training else self.mask, *inputs)
 
     @property
     def scores(self) -> Tensor:
@@ -94,7 +75,7 @@ class GatedNetwork(nn.Module):
         """Mean m(1 - m), number of channels swapped in since the last call, largest |sum of m - k|."""
         kept = self.top_k()
         record = {
-            "mask_hardness": float((self.mask * (1 - self.mask))[self.valid].mean()),
+            "mask_hardness": float((self.mask * (1 - self.mask))[self.gated.valid].mean()),
             "mask_flips": float((kept & ~self.kept).sum()),
             "mask_sum_error": float((self.mask.sum(1) - self.keep_counts).abs().max()),
         }
@@ -103,20 +84,21 @@ class GatedNetwork(nn.Module):
 
     def top_k(self) -> Tensor:
         """Bool [G, C]: each group's k channels of largest mask; equal masks are ranked by their scores."""
+        valid = self.gated.valid
         by_score = self.scores.detach().argsort(dim=1, descending=True, stable=True)
-        mask_GC = self.mask.masked_fill(~self.valid, -torch.inf).gather(1, by_score)
+        mask_GC = self.mask.masked_fill(~valid, -torch.inf).gather(1, by_score)
         order = by_score.gather(1, mask_GC.argsort(dim=1, descending=True, stable=True))
         among_first = torch.arange(order.shape[1], device=order.device) < self.keep_counts[:, None]
-        return torch.zeros_like(self.valid).scatter(1, order, among_first)
+        return torch.zeros_like(valid).scatter(1, order, among_first)
 
     def plan(self) -> PruningPlan:
         """The hard top k, and the trained weights with the soft mask folded in, on the CPU.
 
         With it the plan's network is the one trained, also where a kept channel's mask is not quite 1.
         """
-        kept = zip(self.groups, self.top_k().cpu(), strict=True)
-        weights = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
-        weights |= self.gated_weights(self.mask)
+        kept, network = zip(self.gated.groups, self.top_k().cpu(), strict=True), self.gated.network
+        weights = dict(network.named_parameters()) | dict(network.named_buffers())
+        weights |= self.gated.weights(self.mask)
         return PruningPlan(
             keep={group: row[: group.size] for group, row in kept},
             weights={name: value.detach().cpu() for name, value in weights.items()},
@@ -124,33 +106,17 @@ class GatedNetwork(nn.Module):
 
     def _advance(self) -> Tensor:
         """This step's soft mask, differentiable in the scores; stores the state for the next step."""
-        epsilon = self.method.epsilon
+        epsilon, valid = self.method.epsilon, self.gated.valid
         if self.method.solver == "exact":
-            mask_GC = exact_mask(self.scores, self.keep_counts, self.valid, epsilon=epsilon)
+            mask_GC = exact_mask(self.scores, self.keep_counts, valid, epsilon=epsilon)
         else:
             mask_GC, log_plan, potential = sinkhorn_step(
-                self.scores, self.keep_counts, self.log_plan, self.potential, self.valid, epsilon=epsilon
+                self.scores, self.keep_counts, self.log_plan, self.potential, valid, epsilon=epsilon
             )
             self.log_plan.copy_(log_plan)
             self.potential.copy_(potential)
         self.mask.copy_(mask_GC.detach())
         return mask_GC
-
-
-def _factor_positions(network: nn.Module, groups: Sequence[ChannelGroup], width: int) -> Positions:
-    """Where in the flat [G * width] mask each position along a read dim finds its factor.
-
-    Positions that belong to no group find the constant 1 behind the mask's end.
-    """
-    positions: Positions = {}
-    for row, group in enumerate(groups):
-        entries_C = row * width + torch.arange(group.size)
-        for slot in group.slots:
-            if slot.read:
-                size = network.get_parameter(slot.tensor).shape[slot.dim]
-                unmasked = torch.full((size,), len(groups) * width)
-                positions.setdefault((slot.tensor, slot.dim), unmasked)[slot.index] = entries_C[:, None]
-    return positions
 
 
 @dataclass(frozen=True)
@@ -203,7 +169,7 @@ class Transport:
         pruned = {group: (norms[group], count) for group, count in counts.items() if count < group.size}
         if not pruned:
             return PruningPlan()
-        network = GatedNetwork(deepcopy(graph.model), pruned, method=self)
+        network = MaskedNetwork(deepcopy(graph.model), pruned, method=self)
         schedule = Schedule(
             epochs=self.epochs,
             lr=self.lr,
