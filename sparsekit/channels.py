@@ -7,7 +7,7 @@ partners and under the same conditions, form a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,16 +58,26 @@ class Channels:
         locked: NDArray[np.bool_] = np.all(self.group_of(label) < 0, axis=1)
         return locked
 
-    def positions(self, label: Label) -> dict[int, NDArray[np.int64]]:
-        """Group number -> int64 [C, k], the positions of `label` that each of its channels owns."""
-        owners, numbers = self.owners(label), self.group_of(label)
-        at, column = np.nonzero(numbers >= 0)
-        number, rank = numbers[at, column], self.rank[owners[at, column]]
-        order = np.lexsort((at, rank, number))
-        found = {}
-        for inside in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(order) else ():
-            found[int(number[inside[0]])] = at[inside].reshape(int(rank[inside[-1]]) + 1, -1)
+    def positions(self, labels: Sequence[Label]) -> list[dict[int, NDArray[np.int64]]]:
+        """Per label, group number -> int64 [C, k], the positions that each of the group's channels owns."""
+        found: list[dict[int, NDArray[np.int64]]] = [{} for _ in labels]
+        for which, at, label in _stacked(labels):
+            owners, numbers = self.owners(label), self.group_of(label)
+            row, column = np.nonzero(numbers >= 0)
+            which, at = which[row], at[row]
+            number, rank = numbers[row, column], self.rank[owners[row, column]]
+            # Rows come sorted by label and position: one stable sort by one number does the rest.
+            order = np.argsort((which * len(self.group) + number) * len(self.group) + rank, kind="stable")
+            which, number = which[order], number[order]
+            starts = np.flatnonzero((np.diff(which, prepend=-1) != 0) | (np.diff(number, prepend=-1) != 0))
+            for inside, first in zip(np.split(order, starts[1:]), starts, strict=False):  # of none, one empty piece
+                index = at[inside].reshape(int(rank[inside[-1]]) + 1, -1)
+                found[which[first]][int(number[first])] = index
         return found
+
+    def groups_in(self, those: NDArray[np.bool_]) -> set[int]:
+        """The groups that have a channel among `those`, bool [num_components]."""
+        return set(np.unique(self.group[those]).tolist()) - {_NONE}
 
     def owning(self, labels: Sequence[Label]) -> NDArray[np.bool_]:
         """bool [num_components], the channels that own any position of these."""
@@ -249,13 +259,24 @@ def _signatures(
     signature = np.zeros(count + 1, dtype=np.uint64)
     signature[:-1] = random.integers(1, 2**63, size=8, dtype=np.uint64)[kinds]
     made, read = np.zeros(count + 1, dtype=bool), np.zeros(count + 1, dtype=bool)
-    for label in coupling.places.values():
+    for which, _, label in _stacked([*coupling.places.values()]):
         owners = of[label].reshape(len(label), label.shape[1] * of.shape[1])
         reads = is_read[label].all(axis=1)
-        marks = random.integers(1, 2**63, size=(2, owners.shape[1]), dtype=np.uint64)
+        marks = random.integers(1, 2**63, size=(len(coupling.places), 2, owners.shape[1]), dtype=np.uint64)
         partners = identity[owners]
         beside = partners.sum(axis=1, keepdims=True) - partners
-        np.add.at(signature, owners, marks[reads.astype(np.int64)] * (beside * 2 + 1))
+        np.add.at(signature, owners, marks[which, reads.astype(np.int64)] * (beside * 2 + 1))
         read[owners[reads]] = True
         made[owners[~reads]] = True
     return signature[:-1], made[:-1], read[:-1]
+
+
+def _stacked(labels: Sequence[Label]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Label]]:
+    """Labels of one width in one array, which is much faster than one by one; for each row its label's number and
+    its position there.
+    """
+    for width in sorted({label.shape[1] for label in labels}):
+        numbers = [number for number, label in enumerate(labels) if label.shape[1] == width]
+        sizes = [len(labels[number]) for number in numbers]
+        positions = np.concatenate([np.arange(size) for size in sizes])
+        yield np.repeat(numbers, sizes), positions, np.concatenate([labels[number] for number in numbers])

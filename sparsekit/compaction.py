@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparsekit.coupling import Coupling
 from sparsekit.errors import PlanError
 from sparsekit.forward import plain as opened
+from sparsekit.garbage import paused_collection
 from sparsekit.gather import gathered
 from sparsekit.plan import PruningPlan
 from sparsekit.replay import as_program
@@ -82,7 +83,8 @@ def compact(
         raise PlanError(f"{reason}; to record a program compact needs example_inputs")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     model = plain(model, plan)
-    return as_program(model, cut(model, plan), inputs, lambda recordings: living(recordings, plan, Coupling()))
+    with paused_collection():
+        return as_program(model, cut(model, plan), inputs, lambda recordings: living(recordings, plan, Coupling()))
 
 
 def certify(model: nn.Module, plan: PruningPlan, small: nn.Module, example_inputs: Any) -> Certificate:

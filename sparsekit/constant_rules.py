@@ -63,7 +63,7 @@ def constant_reads(recording: Recording, states: Mapping[str, Tensor]) -> dict[O
 
 
 def _follow(op: Op, given: Given) -> Sequence[Constant]:
-    inputs = [_item(ref, given) for ref in op.tensors()]
+    inputs = [_item(ref, given) for ref in op.tensors]
     rule = RULES.get(op.name)
     # What is only moved needs no copy in float64.
     if inputs and rule not in (moved, same) and _is_pure(op) and all(item.static for item in inputs):
@@ -103,7 +103,7 @@ def _run(op: Op, given: Given, part: str = "value", func: Any = None) -> Any:
 
 def elementwise(op: Op, given: Given) -> Sequence[Constant]:
     """Known where all inputs are. In-place ops run as what they are without the underscore."""
-    inputs = [_item(ref, given) for ref in op.tensors()]
+    inputs = [_item(ref, given) for ref in op.tensors]
     if not all(item.known.any() for item in inputs):
         return ()
     packet = getattr(torch.ops.aten, op.name.removesuffix("_"))
@@ -115,7 +115,7 @@ def elementwise(op: Op, given: Given) -> Sequence[Constant]:
 
 def mul(op: Op, given: Given) -> Sequence[Constant]:
     """Zero times anything is zero."""
-    inputs = [_item(ref, given) for ref in op.tensors()]
+    inputs = [_item(ref, given) for ref in op.tensors]
     if len(inputs) != 2 or all(item.static for item in inputs):
         return elementwise(op, given)
     left, right = inputs
@@ -126,14 +126,14 @@ def mul(op: Op, given: Given) -> Sequence[Constant]:
 def same(op: Op, given: Given) -> Sequence[Constant]:
     """Copies and aliases, in any floating-point format."""
     dtype = op.args.get("dtype")
-    return [_item(op.tensors()[0], given)] if dtype is None or dtype.is_floating_point else ()
+    return [_item(op.tensors[0], given)] if dtype is None or dtype.is_floating_point else ()
 
 
 def moved(op: Op, given: Given) -> Sequence[Constant]:
     """Ops that move, repeat or drop elements do so with what is known of them; views of expanded sizes cost nothing."""
     if op.args.get("dtype") is not None:  # aten::view.dtype, another reading of the same bits
         return ()
-    inputs = [(ref, _item(ref, given)) for ref in op.tensors()]
+    inputs = [(ref, _item(ref, given)) for ref in op.tensors]
     full = {ref.index: Constant(item.value.expand(ref.shape), item.known.expand(ref.shape)) for ref, item in inputs}
     # A view needs strides that expanded sizes do not have; reshape copies where it must.
     is_view = "view" in op.name or "reshape" in op.name
@@ -169,7 +169,7 @@ def pad(op: Op, given: Given) -> Sequence[Constant]:
 
 def spatial(op: Op, given: Given) -> Sequence[Constant]:
     """Pooling, resizing, reflection: of one number over the last dimensions they make the same number."""
-    source = op.tensors()[0]
+    source = op.tensors[0]
     rank, num_spatial = len(source.shape), int(re.findall(r"(\d)d", op.name)[0])
     found = uniform(_item(source, given), range(rank - num_spatial, rank))
     padded, dilated = _differs(op.args.get("padding", 0), 0), _differs(op.args.get("dilation", 1), 1)
@@ -186,7 +186,7 @@ def _differs(numbers: int | Sequence[int], usual: int) -> bool:
 
 def reduction(op: Op, given: Given) -> Sequence[Constant]:
     """Mean, maximum and minimum of one number are that number; a sum depends on how many there are."""
-    (source,) = op.tensors()
+    (source,) = op.tensors
     rank = len(source.shape)
     dims = {dim % rank for dim in op.args.get("dim") or range(rank)}
     found = uniform(_item(source, given), sorted(dims))

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 _FIXED = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (dict, OrderedDict, set, list)
 _OWN = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, modules, hooks
+# Convolutions have a __setstate__ only for pickles of old versions.
+_PLAIN = (nn.Module, nn.modules.conv._ConvNd, object)
 
 
 def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -50,7 +52,7 @@ def _inside(value: Any) -> list[Any]:
 def _copies_plainly(kind: type[nn.Module]) -> bool:
     """Whether nothing but the attributes makes the module."""
     own = {"__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__"}
-    return not any(own & vars(base).keys() for base in kind.__mro__ if base not in (nn.Module, object))
+    return not any(own & vars(base).keys() for base in kind.__mro__ if base not in _PLAIN)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -111,7 +111,7 @@ class Coupling:
             clean: their channels vanish with their parameters.
             alias: they share the memory of the first input, so that what is written into one is in the other.
         """
-        inputs = op.tensors()
+        inputs = op.tensors
         static = bool(inputs) and all(self.is_static(ref) for ref in inputs)
         for ref, labels in zip(op.outputs, outputs, strict=True):
             self._labels[ref.index] = labels

@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsekit.channels import Channels
 from sparsekit.coupling import Coupling, Label, Product
+from sparsekit.garbage import paused_collection
 from sparsekit.plan import ChannelGroup
 from sparsekit.record import Ref, check_inputs
 from sparsekit.rules import RULES
@@ -93,8 +94,9 @@ def trace(model: nn.Module, example_inputs: Any, *, renormalise: bool = False) -
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     check_inputs(model, inputs)
-    found = survey(model, inputs, renormalise=renormalise)
-    return _graph(model, found, _batch_size(inputs), on_request=not renormalise)
+    with paused_collection():
+        found = survey(model, inputs, renormalise=renormalise)
+        return _graph(model, found, _batch_size(inputs), on_request=not renormalise)
 
 
 def _batch_size(inputs: tuple[Any, ...]) -> int:
@@ -109,7 +111,7 @@ def _graph(model: nn.Module, found: Survey, batch_size: int, *, on_request: bool
     params = tuple(
         sizes.term(_numel(name, evaluated.states[name], coupling), 1.0) for name, _ in found.twin.named_parameters()
     )
-    uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors()}
+    uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors}
     refusals = _refusals(coupling, channels, calls, on_request=on_request)
     return ChannelGraph(model, tuple(groups.values()), refusals, macs, params, tuple(sorted(uncounted)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from sparsekit.copying import copy_module, kept_tensors
 
 _ATEN = torch.ops.aten
+_UNTAGGED = ("aten::hardswish", "aten::hardswish_", "aten::mish", "aten::mish_")
 Template = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -49,11 +50,18 @@ class MetaKernels:
 
     def __call__(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `func(*args, **kwargs)` returns."""
-        if not _is_pure(func):
+        kind = _kind(func)
+        if kind is None:
             return func(*args, **kwargs)
-        key = (func, _key(args), _key(tuple(kwargs.items())))
+        alike = _elementwise(func) and _one_shape(args)
+        key = (func, _key(args, shapes=not alike), _key(tuple(kwargs.items())))
         if None in key:  # other devices
             return func(*args, **kwargs)
+        if kind == "in place":  # neither the shape nor the dtype changes, or torch refuses
+            if key not in self._known:
+                func(*args, **kwargs)
+                self._known[key] = None
+            return args[0]
         known = self._known.get(key)
         if known is None:
             result = _formula(func, args)
@@ -64,26 +72,45 @@ class MetaKernels:
             elif result.device.type == "meta":  # not zeros_like(x, device="cpu")
                 self._known[key] = _template(result)
             return result
-        return tuple(map(_empty, known)) if isinstance(known, list) else _empty(known)
+        if isinstance(known, list):
+            return tuple(map(_empty, known))
+        return torch.empty_like(args[0], dtype=known[2]) if alike else _empty(known)
 
 
 @cache
-def _is_pure(func: OpOverload) -> bool:
-    """Whether it takes tensors, writes to none and returns new ones: one, or a tuple."""
+def _kind(func: OpOverload) -> Literal["pure", "in place"] | None:
+    """ "pure": takes tensors, writes to none and returns new ones, one or a tuple. "in place": element by element."""
     schema = func._schema
     returns = [(str(value.type), value.alias_info) for value in schema.returns]
     takes = any("Tensor" in str(argument.type) for argument in schema.arguments)
-    return takes and not schema.is_mutable and set(returns) == {("Tensor", None)}
+    if takes and not schema.is_mutable and set(returns) == {("Tensor", None)}:
+        return "pure"
+    return "in place" if schema.name.endswith("_") and _elementwise(func) else None
 
 
-def _key(values: tuple[Any, ...]) -> Any:
-    """Equal only where the shapes that come out are; None where that is not known."""
+@cache
+def _elementwise(func: OpOverload) -> bool:
+    """Whether it makes one tensor, each element of it of the elements at the same place."""
+    return (torch.Tag.pointwise in func.tags or func._schema.name in _UNTAGGED) and len(func._schema.returns) == 1
+
+
+def _one_shape(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors among the arguments have one shape and are contiguous: then only dtypes matter."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or first.dim() == 0 or not first.is_contiguous():
+        return False
+    rest = [value for value in args[1:] if isinstance(value, Tensor)]
+    return all(value.shape == first.shape and value.is_contiguous() for value in rest)
+
+
+def _key(values: tuple[Any, ...], *, shapes: bool = True) -> Any:
+    """Equal only where what comes out is, its shape left aside without `shapes`; None where that is not known."""
     parts: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):
             if value.device.type != "meta" or value.layout is not torch.strided:
                 return None
-            parts.append((value.shape, value.stride(), value.dtype))
+            parts.append((value.shape, value.stride(), value.dtype) if shapes else value.dtype)
         elif isinstance(value, list | tuple):
             inner = _key(tuple(value))
             if inner is None:

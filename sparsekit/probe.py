@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from sparsekit.channels import Channels
 from sparsekit.coupling import Coupling, Label, Labels, Mark, Place
@@ -120,7 +119,7 @@ class Probe:
         number, step = difference.at
         labels = self._labels[number]
         for op in self._recordings[number].ops[step::-1]:
-            given = [label for ref in (*op.outputs, *op.tensors()) for label in labels.get(ref.index, ())]
+            given = [label for ref in (*op.outputs, *op.tensors) for label in labels.get(ref.index, ())]
             found = [label for label in given if label is not None and _movable(channels, label)]
             if found:
                 return [Mark(label, difference.reason, op) for label in found]
@@ -184,15 +183,21 @@ class Probe:
 class _Predicted:
     channels: Channels
     alive: NDArray[np.bool_]
+    _counts: dict[int, int] = field(default_factory=dict)  # by the id of a label, which many tensors share
 
     def living(self, label: Label) -> NDArray[np.bool_]:
         return self.channels.alive(label, self.alive)
 
     def shape(self, ref: Ref, labels: Labels) -> tuple[int, ...]:
         return tuple(
-            size if label is None else int(self.living(label).sum())
-            for size, label in zip(ref.shape, labels, strict=True)
+            size if label is None else self._count(label) for size, label in zip(ref.shape, labels, strict=True)
         )
+
+    def _count(self, label: Label) -> int:
+        count = self._counts.get(id(label))
+        if count is None:
+            count = self._counts[id(label)] = int(self.living(label).sum())
+        return count
 
 
 Found = tuple[int, tuple[Side, ...], str] | None
@@ -245,7 +250,7 @@ def _sides(op: Op, failed: Op | None, wanted: list[tuple[int, ...]]) -> tuple[Si
 
 def _all_sides(op: Op) -> tuple[Side, ...]:
     outs = [("out", number, dim) for number, ref in enumerate(op.outputs) for dim in reversed(range(len(ref.shape)))]
-    ins = [("in", number, dim) for number, ref in enumerate(op.tensors()) for dim in reversed(range(len(ref.shape)))]
+    ins = [("in", number, dim) for number, ref in enumerate(op.tensors) for dim in reversed(range(len(ref.shape)))]
     return (*outs, *ins)
 
 
@@ -265,8 +270,9 @@ def _same_start(op: Op, got: Op, labels: dict[int, Labels], predicted: _Predicte
 def _numbers(op: Op, recording: Recording) -> list[Any]:
     """The numbers that decide values, not sizes; also where they come as tensors."""
     kinds = (int, float) if op.name in ELEMENTWISE else (float,)
-    numbers = [leaf for leaf in tree_leaves(op.args) if isinstance(leaf, kinds)]
-    constants = [recording.constants[ref.index] for ref in op.tensors() if ref.index in recording.constants]
+    given = [item for value in op.args.values() for item in (value if type(value) is list else (value,))]
+    numbers = [value for value in given if isinstance(value, kinds)]
+    constants = [recording.constants[ref.index] for ref in op.tensors if ref.index in recording.constants]
     return numbers + [float(constant) for constant in constants if constant.dim() == 0 and not constant.is_meta]
 
 
@@ -303,12 +309,12 @@ def _compare_layers(recording: Recording, again: Recording, labels: dict[int, La
 def _uses_states(op: Op, recording: Recording) -> bool:
     states = recording.states.values()
     last = max((ref.index for ref in states), default=-1)
-    return any(ref.index <= last for ref in op.tensors())
+    return any(ref.index <= last for ref in op.tensors)
 
 
 def _at(op: Op, labels: dict[int, Labels], side: Side) -> Label | None:
     where, number, dim = side
-    refs = op.outputs if where == "out" else op.tensors()
+    refs = op.outputs if where == "out" else op.tensors
     if number >= len(refs) or dim >= len(refs[number].shape):
         return None
     given = labels.get(refs[number].index)

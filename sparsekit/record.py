@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ class Op:
         """Integer attributes of the owner, such as `groups`."""
         return {name: value for name, value in vars(self.owner).items() if type(value) is int}
 
-    def tensors(self) -> list[Ref]:
+    @cached_property
+    def tensors(self) -> tuple[Ref, ...]:
         """Every tensor among the arguments, lists opened."""
         found = []
         for value in self.args.values():
@@ -92,7 +93,7 @@ class Op:
                 found.append(value)
             elif type(value) is list or type(value) is tuple:
                 found += [item for item in value if type(item) is Ref]
-        return found
+        return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,7 +107,7 @@ def _draft(recording: Recording, living: Living, states: Mapping[str, Tensor], c
 
 
 def _append(steps: list[Step], op: Op, living: Living) -> None:
-    made_last = steps[-1].op if steps and op.tensors() and steps[-1].outputs == (op.tensors()[0].index,) else ""
+    made_last = steps[-1].op if steps and op.tensors and steps[-1].outputs == (op.tensors[0].index,) else ""
     if (op.name, made_last) == ("as_strided_", _MEAN) and tuple(op.args["size"]) == op.args["self"].shape:
         return  # global pooling says so that its one pixel is channels last
     step = _step(rewrite(op, living))

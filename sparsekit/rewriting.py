@@ -30,7 +30,7 @@ def rewrite(op: Op, living: Living) -> Op:
     """
     if op.name in _RESHAPES:  # always, because a recording of another batch size may write a size as -1
         return _resized(op, living)
-    if not any(living.is_cut(ref) for ref in (*op.tensors(), *op.outputs)):
+    if not any(living.is_cut(ref) for ref in (*op.tensors, *op.outputs)):
         return op
     rule = _RULES.get(op.name)
     if rule is not None:
@@ -175,7 +175,7 @@ def _pad(op: Op, living: Living) -> Op:
 
 def _spatial(op: Op, living: Living, num_dims: int) -> Op:
     """Pooling, resizing and their like number positions of the last dimensions only."""
-    for ref in (*op.tensors(), *op.outputs):
+    for ref in (*op.tensors, *op.outputs):
         rank = len(ref.shape)
         if rank > num_dims and any(living.is_cut(ref, dim) for dim in range(rank - num_dims, rank)):
             raise _refused(op, "it runs over a dimension that is cut")
@@ -184,7 +184,7 @@ def _spatial(op: Op, living: Living, num_dims: int) -> Op:
 
 def _unfolded(op: Op, living: Living) -> Op:
     """im2col and col2im: the last two dimensions of images, the last of their columns."""
-    for ref in (*op.tensors(), *op.outputs):
+    for ref in (*op.tensors, *op.outputs):
         rank = len(ref.shape)
         if any(living.is_cut(ref, dim) for dim in range(2 if rank == 4 else rank - 1, rank)):
             raise _refused(op, "it runs over a dimension that is cut")
@@ -203,7 +203,7 @@ def _along(name: str) -> Callable[[Op, Living], Op]:
     """A rule that allows the op where the dimensions that this argument names are not cut."""
 
     def rule(op: Op, living: Living) -> Op:
-        source = op.tensors()[0]
+        source = op.tensors[0]
         given = op.args[name]
         dims = [given] if isinstance(given, int) else given
         for dim in dims or range(len(source.shape)):

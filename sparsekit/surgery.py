@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ def mask(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     model = plain(model, plan)
     edited = _edited(model, plan)
+    value_of = _values(model)
     for group, keep in plan.keep.items():
         for slot in group.slots:
             if slot.dim == COUNT or not (slot.read or group.silent):
                 continue
             if slot.tensor not in edited:
-                edited[slot.tensor] = tensor_of(model, slot.tensor).detach().clone()
+                edited[slot.tensor] = value_of(slot.tensor).detach().clone()
             tensor = edited[slot.tensor]
             tensor.index_fill_(slot.dim, slot.index[~keep].flatten().to(tensor.device), 0)
     return _replaced(model, edited)
@@ -47,24 +48,26 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     edited = _edited(model, plan)
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for group, keep in plan.keep.items():
+        dropped = (~keep).nonzero().flatten()
         for slot in group.slots:
-            gone.setdefault((slot.tensor, slot.dim), []).append(slot.index[~keep].flatten())
+            gone.setdefault((slot.tensor, slot.dim), []).append(slot.index[dropped].flatten())
     counts: dict[str, int] = {}
+    value_of = _values(model)
     for (name, dim), positions in gone.items():
         if dim == COUNT:
             counts[name] = len(torch.cat(positions).unique())
             continue
-        tensor = edited[name] if name in edited else tensor_of(model, name).detach()
+        tensor = edited[name] if name in edited else value_of(name).detach()
         stay = torch.ones(tensor.shape[dim], dtype=torch.bool)
         stay[torch.cat(positions)] = False
         edited[name] = tensor.index_select(dim, stay.nonzero().flatten().to(tensor.device))
     small = _replaced(model, edited)
+    modules = dict(small.named_modules(remove_duplicate=False))
     for name, count in counts.items():
         path, _, leaf = name.rpartition(".")
-        module = small.get_submodule(path)
-        setattr(module, leaf, getattr(module, leaf) - count)
+        setattr(modules[path], leaf, getattr(modules[path], leaf) - count)
     for path in {name.rpartition(".")[0] for name, _ in gone}:
-        _sync_sizes(small.get_submodule(path))
+        _sync_sizes(modules[path])
     return small
 
 
@@ -95,12 +98,12 @@ def _edited(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
         edited[name] = value.to(states[name], copy=True)
     for name, value in plan.nonzero.items():
         edited[name] = edited.get(name, states[name].detach()) * value.to(states[name].device)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    value_of = _values(model)
     for group, keep in plan.keep.items():
-        for slot in _checked_slots(modules, group):
+        for slot in _checked_slots(value_of, group):
             if slot.read and group in plan.merge:
                 if slot.tensor not in edited:
-                    edited[slot.tensor] = tensor_of(model, slot.tensor).detach().clone()
+                    edited[slot.tensor] = value_of(slot.tensor).detach().clone()
                 _fold(edited[slot.tensor], slot, keep, plan.merge[group])
     return edited
 
@@ -113,8 +116,9 @@ def copied(model: nn.Module) -> nn.Module:
 def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of `model` with some of its tensors replaced; a tensor that two modules share stays shared."""
     memo: dict[int, Any] = {}
+    value_of = _values(model)
     for name, value in values.items():
-        old = tensor_of(model, name)
+        old = value_of(name)
         new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         memo[id(old)] = new
     kept = kept_tensors(model)
@@ -131,16 +135,25 @@ def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     """The parameter, buffer or computed weight of that name."""
-    path, _, leaf = name.rpartition(".")
-    value: Tensor = getattr(model.get_submodule(path), leaf)
+    value: Tensor = _values(model)(name)
     return value
 
 
-def _checked_slots(modules: Mapping[str, nn.Module], group: ChannelGroup) -> tuple[Slot, ...]:
+def _values(model: nn.Module) -> Callable[[str], Any]:
+    """Name -> parameter, buffer, computed weight or attribute; raises AttributeError or KeyError."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def value_of(name: str) -> Any:
+        path, _, leaf = name.rpartition(".")
+        return getattr(modules[path], leaf)
+
+    return value_of
+
+
+def _checked_slots(value_of: Callable[[str], Any], group: ChannelGroup) -> tuple[Slot, ...]:
     for slot in group.slots:
-        path, _, leaf = slot.tensor.rpartition(".")
         try:
-            value = getattr(modules[path], leaf)
+            value = value_of(slot.tensor)
         except (AttributeError, KeyError):
             raise PlanError(f"group {group.name!r}: the model has no {slot.tensor!r}") from None
         size = value if slot.dim == COUNT else value.shape[slot.dim] if slot.dim < value.dim() else 0

@@ -124,7 +124,7 @@ def for_training(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
     """The pass in eval mode, and the one in training mode where that alone uses some parameters."""
     evaluated = record(twin.eval(), inputs)
-    used = {ref.index for op in evaluated.ops for ref in op.tensors()}
+    used = {ref.index for op in evaluated.ops for ref in op.tensors}
     idle = [name for name, _ in twin.named_parameters() if evaluated.states[name].index not in used]
     if not idle or evaluated.error is not None:
         return [evaluated]
@@ -141,11 +141,13 @@ def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording])
     read = np.zeros(coupling.num_atoms, dtype=bool)
     for label in coupling.read:
         read[label] = True
-    for (tensor, dim), label in coupling.places.items():
-        for number, index in channels.positions(label).items():
+    found = channels.positions([*coupling.places.values()])
+    for ((tensor, dim), label), positions in zip(coupling.places.items(), found, strict=True):
+        for number, index in positions.items():
             is_read = bool(read[label[index[0, 0]]].all())
             slots.setdefault(number, []).append(Slot(tensor, dim, torch.from_numpy(index), is_read))
-    added = channels.owning(coupling.added)
+    residual = channels.groups_in(channels.owning(coupling.added))
+    silent, inexact = channels.groups_in(channels.silent), channels.groups_in(~channels.exact)
     reasons = _reasons(coupling.fixed, channels)
     order = _first_use(recordings)
     makers = {
@@ -158,14 +160,13 @@ def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording])
         path = makers[number].rpartition(".")[0] or makers[number]
         taken[path] = taken.get(path, 0) + 1
         name = path if taken[path] == 1 else f"{path}#{taken[path]}"
-        inside = channels.group == number
         groups[number] = ChannelGroup(
             name,
             sizes[number],
             tuple(slots[number]),
-            exact=bool(channels.exact[inside].all()),
-            residual=bool(added[inside].any()),
-            silent=bool(channels.silent[inside].any()),
+            exact=number not in inexact,
+            residual=number in residual,
+            silent=number in silent,
             fixed_by=reasons.get(number, ""),
         )
     return groups
@@ -175,9 +176,9 @@ def _reasons(fixed: list[Mark], channels: Channels) -> dict[int, str]:
     """Group number -> the first line that fixes its size."""
     reasons: dict[int, str] = {}
     for mark in fixed:
-        for number in np.unique(channels.group[channels.owning([mark.atoms])]):
+        for number in channels.groups_in(channels.owning([mark.atoms])):
             where = f"{mark.op.source}, aten::{mark.op.name}: " if mark.op else ""
-            reasons.setdefault(int(number), where + mark.reason)
+            reasons.setdefault(number, where + mark.reason)
     return reasons
 
 
@@ -190,6 +191,6 @@ def _makers(slots: Iterable[Slot]) -> list[str]:
 def _first_use(recordings: list[Recording]) -> dict[str, int]:
     when: dict[int, int] = {}
     for op in recordings[0].ops:
-        for ref in op.tensors():
+        for ref in op.tensors:
             when.setdefault(ref.index, len(when))
     return {name: when[ref.index] for name, ref in recordings[0].states.items() if ref.index in when}

@@ -126,9 +126,9 @@ def _refuse_values(recording: Recording, fixed: set[str], tags: set[torch.Tag]) 
     static = recording.constants.keys() | {recording.states[name].index for name in fixed}
     for op in recording.ops:
         # What is picked by indices has no say in how much is picked.
-        deciding = [ref for ref in op.args["indices"] if ref is not None] if op.name == "index" else op.tensors()
+        deciding = [ref for ref in op.args["indices"] if ref is not None] if op.name == "index" else op.tensors
         inputs = {ref.index for ref in deciding}
-        if {ref.index for ref in op.tensors()} <= static and torch.Tag.nondeterministic_seeded not in op.func.tags:
+        if {ref.index for ref in op.tensors} <= static and torch.Tag.nondeterministic_seeded not in op.func.tags:
             static |= {ref.index for ref in op.outputs}
         elif not inputs <= static and (tags & set(op.func.tags) or op.name == "torchvision::nms"):
             name = op.name if "::" in op.name else f"aten::{op.name}"

@@ -155,10 +155,10 @@ def _reads(recording: Recording, states: Mapping[str, Tensor]) -> dict[str, list
     calls: dict[str, list[Op]] = {}
     busy = set()
     for op in recording.ops:
-        for ref in op.tensors():
+        for ref in op.tensors:
             users.setdefault(ref.index, set()).add(op)
             name = weight_of.get(ref.index)
-            if name is not None and ref == _weight(op) and op.tensors().count(ref) == 1:
+            if name is not None and ref == _weight(op) and op.tensors.count(ref) == 1:
                 calls.setdefault(name, []).append(op)
             elif name is not None and op not in turns:
                 busy.add(name)

@@ -540,7 +540,7 @@ def test_an_op_with_its_sizes_rewritten_does_to_what_is_left_what_it_did_to_all(
     tensors = {recording.inputs[0].index: cut(x, given, alive)}
     for op in recording.ops:
         new = rewrite(op, Living(labels, alive))
-        ref = new.tensors()[0]
+        ref = new.tensors[0]
         result = new.func(**{key: tensors[ref.index] if value is ref else value for key, value in new.args.items()})
         tensors |= zip(
             (out.index for out in op.outputs), [result] if isinstance(result, Tensor) else result, strict=True
@@ -644,7 +644,7 @@ def test_a_network_with_literal_sizes_is_cut_exactly() -> None:
             {
                 ref.index: tuple(by_size.get(size) for size in ref.shape)
                 for op in recording.ops
-                for ref in (*op.tensors(), *op.outputs)
+                for ref in (*op.tensors, *op.outputs)
             }
             for recording in recordings
         ], ALIVE

@@ -51,7 +51,7 @@ def test_an_op_names_its_overload_arguments_tensors_module_and_line() -> None:
     assert (conv.args["groups"], conv.args["output_padding"]) == (3, [0, 0])
     assert conv.attributes["groups"] == 3
     assert conv.source.startswith("tests/test_record.py:")
-    assert conv.tensors() == [recording.inputs[0], recording.states["0.weight"], recording.states["0.bias"]]
+    assert conv.tensors == (recording.inputs[0], recording.states["0.weight"], recording.states["0.bias"])
     assert relu.outputs == recording.outputs
     assert recording.outputs[0].shape == (2, 6, 6, 6)
 
@@ -66,7 +66,7 @@ def test_shapes_on_meta_are_those_of_the_real_network(name: str, training: bool)
     def row(op: Any) -> Any:
         # The statistics that batch norm keeps for backward depend on the device.
         outputs = op.outputs[:1] if op.name == "native_batch_norm" else op.outputs
-        return op.name, op.module, op.source, [ref.shape for ref in op.tensors()], [ref.shape for ref in outputs]
+        return op.name, op.module, op.source, [ref.shape for ref in op.tensors], [ref.shape for ref in outputs]
 
     assert [row(op) for op in on_shapes.ops] == [row(op) for op in real.ops]
     assert len(real.ops) > 50
@@ -88,7 +88,7 @@ def test_the_op_that_stopped_the_pass_is_named_with_its_arguments() -> None:
     assert names(recording) == ["mul"]
     assert recording.failed is not None
     assert (recording.failed.name, recording.failed.args["size"], recording.failed.outputs) == ("view", [5, -1], ())
-    assert recording.failed.tensors() == list(recording.ops[0].outputs)
+    assert recording.failed.tensors == recording.ops[0].outputs
 
 
 def test_a_pass_that_stops_in_python_names_no_op_even_after_one_failed() -> None:
@@ -112,7 +112,7 @@ def test_constants_are_what_no_state_input_or_op_explains() -> None:
 
     recording = record(Lambda(forward), (X,))
     assert [value.tolist() for value in recording.constants.values()] == [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]]
-    read = {ref.index for op in recording.ops for ref in op.tensors()}
+    read = {ref.index for op in recording.ops for ref in op.tensors}
     assert set(recording.constants) <= read
     assert recording.states["scale"].index in read  # `.data` is the same tensor under another object
 

@@ -122,5 +122,5 @@ def _used(recording: Recording) -> set[Op]:
     for op in reversed(recording.ops):
         if op.func._schema.is_mutable or any(ref.index in wanted for ref in op.outputs):
             used.add(op)
-            wanted |= {ref.index for ref in op.tensors()}
+            wanted |= {ref.index for ref in op.tensors}
     return used

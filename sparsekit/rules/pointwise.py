@@ -12,7 +12,7 @@ from sparsekit.record import Op
 def no_rule(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """Freeze every channel that the op touches; dimensions that keep their size stay known as frozen ones."""
     touched: dict[tuple[int, int], Label] = {}
-    for ref in op.tensors():
+    for ref in op.tensors:
         labels = coupling.labels(ref)
         coupling.freeze(labels, f"no rule for aten::{op.name}")
         for dim, (size, label) in enumerate(zip(ref.shape, labels, strict=True)):
@@ -25,7 +25,7 @@ def elementwise(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """Broadcast the inputs: dimensions of the same size agree position by position, size 1 binds nothing."""
     out = op.outputs[0]
     labels: list[Label | None] = []
-    inputs = [ref for ref in op.tensors() if ref.shape]
+    inputs = [ref for ref in op.tensors if ref.shape]
     for back in range(len(out.shape), 0, -1):
         size = out.shape[-back]
         meeting = [coupling.labels(ref)[-back] for ref in inputs if len(ref.shape) >= back and ref.shape[-back] == size]
@@ -38,7 +38,7 @@ def elementwise(op: Op, coupling: Coupling) -> Sequence[Labels]:
 
 def per_channel(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """Pooling and resizing: the last 1, 2 or 3 dimensions, as the name says, are space and hold no channel."""
-    given = coupling.labels(op.tensors()[0])
+    given = coupling.labels(op.tensors[0])
     num_spatial = int(re.findall(r"(\d)d", op.name)[0])
     coupling.freeze(given[-num_spatial:], f"{op.name} runs over the channels")
     return [given[:-num_spatial] + (None,) * num_spatial for _ in op.outputs]
@@ -54,7 +54,7 @@ def sampled(op: Op, coupling: Coupling) -> Sequence[Labels]:
 
 def same(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """The output has the input's shape and channels: another dtype, stride or device, or a new `*_like` tensor."""
-    source = op.tensors()[0]
+    source = op.tensors[0]
     if any(ref.shape != source.shape for ref in op.outputs):
         return no_rule(op, coupling)
     return [coupling.labels(source) for _ in op.outputs]

@@ -30,7 +30,7 @@ def stays_zero(op: Op, coupling: Coupling, outputs: Sequence[Labels]) -> bool:
     """Whether every channel of the outputs is zero once all parameters of that channel are."""
     name = op.name.removesuffix("_")
     if name in _ZERO_STAYS:
-        return all(coupling.is_clean(ref) for ref in op.tensors())
+        return all(coupling.is_clean(ref) for ref in op.tensors)
     if name in _NORMS:  # zero scale and zero shift
         affine = [op.args.get("weight"), op.args.get("bias")]
         return all(isinstance(ref, Ref) and coupling.is_clean(ref) for ref in affine[: 1 if "rms" in name else 2])
@@ -41,7 +41,7 @@ def stays_zero(op: Op, coupling: Coupling, outputs: Sequence[Labels]) -> bool:
     if name.startswith("_scaled_dot_product"):
         return coupling.is_clean(op.args["value"])
     if name in ("mul", "div", "add", "sub"):
-        covering = [ref for ref in op.tensors() if coupling.is_clean(ref) and _covers(coupling.labels(ref), outputs[0])]
+        covering = [ref for ref in op.tensors if coupling.is_clean(ref) and _covers(coupling.labels(ref), outputs[0])]
         if name == "mul":
             return bool(covering)
         return op.args["self"] in covering and (name == "div" or len(covering) == 2)
