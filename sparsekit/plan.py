@@ -29,6 +29,7 @@ class Slot:
     Attributes:
         tensor: name of a parameter or buffer as in `state_dict`, or the dotted path of an integer attribute.
         dim: the dimension cut, or `COUNT` where `tensor` names an attribute such as `conv.groups`.
+        size: of that dimension, or the attribute's value, in the network that the plan is for.
         index: int64 [C, k], the k positions along `dim` that belong to each of the C channels.
         read: True where these positions multiply the channel inside a sum (a consumer's input slice):
             setting them to zero removes the channel's contribution exactly.
@@ -36,6 +37,7 @@ class Slot:
 
     tensor: str
     dim: int
+    size: int
     index: Tensor
     read: bool = False
 
@@ -180,7 +182,7 @@ class PruningPlan:
 
 def _slot_to_json(slot: Slot) -> dict[str, Any]:
     """Contiguous runs, which most slots are, shrink to their start and step."""
-    row: dict[str, Any] = {"tensor": slot.tensor, "dim": slot.dim, "read": slot.read}
+    row: dict[str, Any] = {"tensor": slot.tensor, "dim": slot.dim, "size": slot.size, "read": slot.read}
     num_channels, width = slot.index.shape
     start = int(slot.index[0, 0]) if slot.index.numel() else 0
     run = torch.arange(start, start + num_channels * width).view(num_channels, width)
@@ -197,6 +199,6 @@ def _group_from_json(row: dict[str, Any]) -> ChannelGroup:
         else:
             stop = cell["start"] + row["size"] * cell["width"]
             index = torch.arange(cell["start"], stop).view(row["size"], cell["width"])
-        slots.append(Slot(cell["tensor"], cell["dim"], index, cell["read"]))
+        slots.append(Slot(cell["tensor"], cell["dim"], cell["size"], index, cell["read"]))
     flags = {name: row[name] for name in ("exact", "residual", "silent", "fixed_by")}
     return ChannelGroup(row["name"], row["size"], tuple(slots), **flags)

@@ -157,10 +157,10 @@ def _checked_slots(value_of: Callable[[str], Any], group: ChannelGroup) -> tuple
         except (AttributeError, KeyError):
             raise PlanError(f"group {group.name!r}: the model has no {slot.tensor!r}") from None
         size = value if slot.dim == COUNT else value.shape[slot.dim] if slot.dim < value.dim() else 0
-        if not isinstance(size, int) or int(slot.index.max()) >= size:
+        if size != slot.size:
+            where = slot.tensor if slot.dim == COUNT else f"{slot.tensor} dim {slot.dim}"
             raise PlanError(
-                f"group {group.name!r}: {slot.tensor!r} dim {slot.dim} has {size} positions, "
-                f"the plan needs {int(slot.index.max()) + 1}"
+                f"group {group.name!r}: {where}: expected {slot.size}, as in the plan's network, got {size}"
             )
     return group.slots
 

@@ -145,7 +145,7 @@ def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording])
     for ((tensor, dim), label), positions in zip(coupling.places.items(), found, strict=True):
         for number, index in positions.items():
             is_read = bool(read[label[index[0, 0]]].all())
-            slots.setdefault(number, []).append(Slot(tensor, dim, torch.from_numpy(index), is_read))
+            slots.setdefault(number, []).append(Slot(tensor, dim, len(label), torch.from_numpy(index), is_read))
     residual = channels.groups_in(channels.owning(coupling.added))
     silent, inexact = channels.groups_in(channels.silent), channels.groups_in(~channels.exact)
     reasons = _reasons(coupling.fixed, channels)

@@ -207,7 +207,10 @@ def test_an_interrupted_overwrite_leaves_the_old_folder_whole(
     ("factory", "message"),
     [
         (lambda: tiny.Net(width=4), "out: the factory makes another network: group 'conv1'"),
-        (lambda: tiny.Net(width=9), "out: the factory makes another network: size mismatch for conv1.weight"),
+        (
+            lambda: tiny.Net(width=9),
+            "out: the factory makes another network: group 'conv1': conv1.weight dim 0: expected 8",
+        ),
         (Tied, "out: the factory makes another network: group 'conv1': the model has no 'conv1.weight'"),
         (lambda: None, "out: expected the factory to return an nn.Module, got NoneType"),
     ],

@@ -185,13 +185,14 @@ def test_a_certificate_sees_a_wrong_output_beside_a_right_one(factor: float, oth
 
 def test_a_plan_for_another_network_is_refused_by_name() -> None:
     graph, _ = traced("resnet20")
-    other, _ = make("lenet5")
+    other, _ = make("sigmoid")
     with pytest.raises(PlanError, match=r"group '.*': the model has no '.*'"):
-        compact(other, random_plan(graph), torch.zeros(2, 1, 28, 28))
-    narrow = copy.deepcopy(graph.model)
-    narrow.set_submodule("layer1.0.conv1", nn.Conv2d(16, 4, 3))
-    with pytest.raises(PlanError, match=r"'layer1.0.conv1.*has 4 positions"):
-        mask(narrow, random_plan(graph))
+        compact(other, random_plan(graph), torch.zeros(2, 3, 8, 8))
+    for width in (4, 64):
+        resized = copy.deepcopy(graph.model)
+        resized.set_submodule("layer1.0.conv1", nn.Conv2d(16, width, 3))
+        with pytest.raises(PlanError, match=rf"layer1.0.conv1.weight dim 0: expected 16, .* got {width}"):
+            mask(resized, random_plan(graph))
 
 
 def test_masks_of_the_wrong_kind_are_refused_by_name() -> None:
