@@ -28,7 +28,7 @@ class Certificate:
 
     Attributes:
         max_relative_error: max |reference - compact| / max |reference|, the worst of the outputs, in float64.
-        max_abs_output: max |reference|; a value near 0 would make the comparison vacuous.
+        max_abs_output: max |reference|; a value near 0, or outputs without elements, make the comparison vacuous.
         groups: group name -> whether zero-masking equals removal there; where it does not the group is re-normalised.
         onnx_max_relative_error: ONNX Runtime against eager in float32, once exported.
     """
@@ -112,8 +112,10 @@ def certify(model: nn.Module, plan: PruningPlan, small: nn.Module, example_input
         raise PlanError(f"certificate: masked outputs are {shapes[0]}, compact outputs {shapes[1]}")
     expected, got = ([leaf for leaf in leaves if leaf.numel()] for leaves in (expected, got))
     # Each output by its own scale, and tensor maxima, which keep a NaN where Python's max may drop it.
-    scales = torch.stack([leaf.double().abs().max() for leaf in expected])
-    errors = torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(expected, got, strict=True)])
+    scales = torch.stack([torch.tensor(0.0), *(leaf.double().abs().max() for leaf in expected)])
+    errors = torch.stack(
+        [torch.tensor(0.0), *((a.double() - b.double()).abs().max() for a, b in zip(expected, got, strict=True))]
+    )
     return Certificate(
         max_relative_error=float(torch.where(errors == 0, errors, errors / scales).max()),
         max_abs_output=float(scales.max()),
@@ -122,7 +124,16 @@ def certify(model: nn.Module, plan: PruningPlan, small: nn.Module, example_input
 
 
 class _Double(TorchDispatchMode):
-    """float64 also where a forward says float32."""
+    """float64 also where a forward says float32, or makes tensors of the default type."""
+
+    def __enter__(self) -> Any:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(torch.dtype, self._widened, (args, kwargs or {}))

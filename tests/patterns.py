@@ -501,6 +501,21 @@ class ZeroPaddedShortcut(Net):
         return (self.c(x) + torch.cat((thin, zeros), dim=1)).relu()
 
 
+@pattern(A + "c.weight:1 c.weight:0 c.bias:0 b.weight:1")
+class WrittenInParts(Net):
+    """Rows are pooled by themselves and written into one tensor, as detectors do with regions of several scales."""
+
+    def __init__(self) -> None:
+        super().__init__(9)
+        self.c = nn.Conv2d(12, 9, 1)
+
+    def middle(self, x: Tensor) -> Any:
+        pooled = torch.zeros(len(x), x.shape[1], 5, 3)
+        for part in (torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)):
+            pooled[part] = F.adaptive_max_pool2d(x[part], (5, 3))
+        return self.c(pooled).relu()
+
+
 @pattern("c.weight:0 b.weight:1", args=(list(range(11, -1, -1)),), name="IndexedByList", optional=A, refused="index")
 class Indexed(Net):
     def __init__(self, order: list[int]) -> None:

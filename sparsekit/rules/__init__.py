@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
     "stack": shapes.stack,
     "glu": picks.glu,
     "index": picks.index,
+    **dict.fromkeys(_names("index_put index_put_"), picks.put),
     "unfold": windows.unfold,
     "im2col": windows.im2col,
     "col2im": windows.col2im,

@@ -98,16 +98,10 @@ def index(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """x[i, :, j]: dimensions that are indexed by tensors keep all their positions, the others follow."""
     source, (out,) = op.args["self"], op.outputs
     given = list(coupling.labels(source))
-    indices = [*op.args["indices"]]
-    ranks = [len(ref.shape) for ref in indices if ref is not None]
+    ranks = [len(ref.shape) for ref in op.args["indices"] if ref is not None]
     # A mask takes as many dimensions as it has and gives one; numbers take one and give as many as they have.
     masked = len(ranks) == 1 < ranks[0] and len(out.shape) == len(given) - ranks[0] + 1
-    taken: list[int] = []
-    dim = 0
-    for ref in indices:
-        span = len(ref.shape) if ref is not None and masked else 1
-        taken += range(dim, dim + span) if ref is not None else ()
-        dim += span
+    taken = _taken(op, masked=masked)
     coupling.freeze([given[dim] for dim in taken], "index picks channels by their numbers")
     num_new = len(out.shape) - (len(given) - len(taken))
     if not taken:
@@ -115,6 +109,33 @@ def index(op: Op, coupling: Coupling) -> Sequence[Labels]:
     first = taken[0] if taken == list(range(taken[0], taken[-1] + 1)) else 0
     rest = [label for dim, label in enumerate(given) if dim not in taken]
     return [(*rest[:first], *(None,) * num_new, *rest[first:])]
+
+
+def _taken(op: Op, *, masked: bool) -> list[int]:
+    """The dimensions that tensors of numbers, or with `masked` one mask of several dimensions, index."""
+    taken: list[int] = []
+    dim = 0
+    for ref in op.args["indices"]:
+        span = len(ref.shape) if ref is not None and masked else 1
+        taken += range(dim, dim + span) if ref is not None else ()
+        dim += span
+    return taken
+
+
+def put(op: Op, coupling: Coupling) -> Sequence[Labels]:
+    """x[i] = values: the dimensions behind the indexed ones agree with those of the values."""
+    source, values = op.args["self"], op.args["values"]
+    given, written = list(coupling.labels(source)), coupling.labels(values)
+    masked = any(ref is not None and len(ref.shape) > 1 for ref in op.args["indices"])  # or so many numbers: the same
+    behind = len(given) - max(_taken(op, masked=masked), default=-1) - 1
+    reason = "index_put writes channels by their numbers"
+    coupling.freeze(given[: len(given) - behind], reason)
+    coupling.freeze(written[: max(0, len(written) - behind)], reason)
+    for back in range(1, min(behind, len(written)) + 1):
+        size = source.shape[-back]
+        if size > 1 and values.shape[-back] == size:  # size 1 is repeated, and binds nothing
+            given[-back] = coupling.unite(given[-back], written[-back])
+    return [tuple(given)]
 
 
 def pick(op: Op, coupling: Coupling) -> Sequence[Labels]:
