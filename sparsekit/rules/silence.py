@@ -16,8 +16,8 @@ _ZERO_STAYS = frozenset(
     abs alias celu clone contiguous detach dropout elu expand floor gelu hardswish leaky_relu mish native_dropout neg
     permute _prelu_kernel relu relu6 repeat reshape _reshape_alias round selu sign silu sin slice softshrink split
     split_with_sizes square squeeze t tanh _to_copy transpose unbind unfold _unsafe_view unsqueeze view select narrow
-    cat stack roll flip index_put im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle index
-    index_select embedding mean sum amax amin linalg_vector_norm constant_pad_nd _adaptive_avg_pool2d
+    cat stack roll flip index_put im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+    index index_select embedding mean sum amax amin linalg_vector_norm constant_pad_nd _adaptive_avg_pool2d
     _adaptive_avg_pool3d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices
     upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
     reflection_pad1d reflection_pad2d replication_pad2d copy zeros new_zeros zeros_like
