@@ -12,6 +12,7 @@ from sparsekit.cli.compress import compress
 from sparsekit.cli.env import env
 from sparsekit.cli.export import export
 from sparsekit.cli.inspect import inspect
+from sparsekit.cli.report import report
 from sparsekit.errors import SparsekitError
 
 
@@ -31,7 +32,7 @@ def commands() -> None:
     """
 
 
-for verb in (compress, inspect, export, bench, env):
+for verb in (compress, inspect, export, bench, report, env):
     commands.add_command(verb)
 
 

@@ -12,6 +12,7 @@ import click
 from sparsekit.cli.console import json_option, out, print_json, progress, warn
 from sparsekit.errors import UsageError
 from sparsekit.pipeline import run
+from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
 
 
@@ -29,6 +30,19 @@ def _options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     return options
 
 
+def _words(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """What stands between the commas."""
+    return None if text is None else tuple(filter(None, (word.strip() for word in text.split(","))))
+
+
+def _epochs(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    words = _words(context, parameter, text)
+    try:
+        return None if words is None else tuple(map(int, words))
+    except ValueError:
+        raise UsageError(f"{parameter.opts[0]} {text!r}: expected epochs like 60,90") from None
+
+
 @click.command()
 @click.option("--model", help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY.")
 @click.option("--weights", help="Trained weights: safetensors or a torch state dict. Without: train first.")
@@ -39,16 +53,25 @@ def _options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option("--image-size", type=int, help="Side of the input image in pixels.")
 @click.option("--limit", type=int, help="Train on this many images only.")
 @click.option("--batch-size", type=int, help="Images per training batch.")
-@click.option("--method", help="transport, magnitude or random.")
+@click.option("--augment", callback=_words, help="Any of shift,crop,flip,trivial,erase,mixup,cutmix; '' for none.")
+@click.option("--method", help=f"One of {', '.join(PRUNERS)}.")
 @click.option("-o", "--option", "options", multiple=True, callback=_options, help="Method option, NAME=VALUE.")
 @click.option("--budget", help="Like 'macs<=0.5x', 'params<=1.2M', 'keep=0.5 and layer1.*=1'.")
 @click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
 @click.option("--renormalise/--no-renormalise", default=None, help="Also prune channels that LayerNorm runs over.")
 @click.option("--dense-epochs", type=int, help="Training of the dense network where no weights are given.")
 @click.option("--dense-lr", type=float, help="Its peak learning rate.")
-@click.option("--epochs", type=int, help="Of the method's training and of fine-tuning, each.")
+@click.option("--dense-milestones", callback=_epochs, help="Where it falls by gamma, like 100,150; '' for never.")
+@click.option("--epochs", type=int, help="Of the method's training.")
 @click.option("--lr", type=float, help="Peak learning rate of the method's training.")
+@click.option("--milestones", callback=_epochs, help="Where it falls by gamma.")
+@click.option("--finetune-epochs", type=int, help="Of fine-tuning; as the method's unless given.")
 @click.option("--finetune-lr", type=float, help="Peak learning rate of fine-tuning.")
+@click.option("--finetune-milestones", callback=_epochs, help="Where it falls by gamma, instead of along a cosine.")
+@click.option("--gamma", type=float, help="What learning rates are multiplied by at milestones.")
+@click.option("--warmup-epochs", type=float, help="Linear warm-up at the start of all training.")
+@click.option("--optimizer", help="sgd or adamw, in all training; the method's own choice unless given.")
+@click.option("--momentum", type=float, help="In all training.")
 @click.option("--weight-decay", type=float, help="In all training.")
 @click.option("--label-smoothing", type=float, help="In all training.")
 @click.option("--precision", help="auto, 32-true, bf16-mixed or 16-mixed.")
@@ -77,7 +100,10 @@ def compress(
     if no_data and flags["data"]:
         raise UsageError(f"--no-data and --data {flags['data']}: choose one")
     given = {name: value for name, value in flags.items() if value is not None}
-    given |= {"options": {**recipe.options, **flags["options"]}} | ({"data": "none"} if no_data else {})
+    if flags["method"] in (None, recipe.method):  # another method has other options
+        given["options"] = {**recipe.options, **flags["options"]}
+    if no_data:
+        given["data"] = "none"
     recipe = Recipe.from_mapping(dataclasses.asdict(recipe) | given, source="flags")
     with progress() as report_progress:
         report = run(recipe, folder, overwrite=overwrite, resume=resume, progress=report_progress)

@@ -40,6 +40,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet110_b": partial(CifarResNet, 110, projection=True),
     "vgg16": vgg16,
     "vgg19": vgg19,
+    # The budget-pruning literature's WRN-26-12 on CIFAR-100 (e.g. ChipNet): twelve times as wide behind a stem of 16,
+    # but activated after the convolutions, and 26 counts 24 of them, the stem and the classifier.
+    "wrn26_12": partial(CifarResNet, 26, width=16 * 12, stem_width=16, projection=True),
     "wrn28_2": partial(WideResNet, 28, 2),
     "wrn28_10": partial(WideResNet, 28, 10),
     "wrn40_4": partial(WideResNet, 40, 4),

@@ -47,7 +47,8 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: 2 n num_stages + 2, for n blocks per stage.
-        width: channels of the stem and the first stage.
+        width: channels of the first stage.
+        stem_width: channels of the stem; as many as the first stage's unless given.
         num_stages: 3 in the paper; small images take fewer.
         projection: option B shortcuts (1x1 convolution and BatchNorm) instead of option A (zero padding).
         num_classes: outputs.
@@ -62,6 +63,7 @@ class CifarResNet(nn.Module):
         depth: int,
         *,
         width: int = 16,
+        stem_width: int | None = None,
         num_stages: int = 3,
         projection: bool = False,
         num_classes: int = 10,
@@ -71,11 +73,12 @@ class CifarResNet(nn.Module):
         num_blocks, remainder = divmod(depth - 2, 2 * num_stages)
         if num_blocks < 1 or remainder:
             raise ValueError(f"resnet depth with {num_stages} stages must be {2 * num_stages}n + 2, got {depth}")
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        stem_width = stem_width or width
+        self.conv1 = nn.Conv2d(in_channels, stem_width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_width)
         widths = [width * 2**stage for stage in range(num_stages)]
         self.stages = [f"layer{stage + 1}" for stage in range(num_stages)]
-        for stage, (before, after) in enumerate(zip([width, *widths], widths, strict=False)):
+        for stage, (before, after) in enumerate(zip([stem_width, *widths], widths, strict=False)):
             blocks = _stage(num_blocks, before, after, stride=2 if stage else 1, projection=projection)
             self.add_module(self.stages[stage], blocks)
         self.linear = nn.Linear(widths[-1], num_classes)

@@ -20,7 +20,8 @@ from sparsekit.program import Program
 from sparsekit.recipe import Recipe
 from sparsekit.report import Report
 
-# And program.json where the network is a recorded program, tidy-0.json ... where the dense one was tidied first.
+# And program.json where the network is a recorded program, tidy-0.json ... where the dense one was tidied first, and
+# emptied-0.json ... where zeros of single weights emptied channels.
 FILES = ("plan.json", "weights.safetensors", "model.onnx", "report.json", "report.html", "recipe.toml")
 
 
@@ -30,11 +31,12 @@ class Artifact:
 
     Attributes:
         model: the small network, on the CPU.
-        plan: which channels it kept; its own weights are `model`'s.
+        plan: which channels it kept; its own weights and zeros are `model`'s.
         onnx: the verified ONNX file's bytes.
         report: what was measured.
         recipe: what was asked for.
         before: plans that were applied before `plan`, see `tidy`.
+        after: plans that were applied after `plan`, to channels that its zeros had emptied.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Artifact:
     report: Report
     recipe: Recipe
     before: tuple[PruningPlan, ...] = ()
+    after: tuple[PruningPlan, ...] = ()
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write the folder under a temporary name beside it, then rename: a crash leaves no half artifact.
@@ -71,7 +74,8 @@ class Artifact:
         if isinstance(self.model, Program):
             (folder / "program.json").write_text(json.dumps(self.model.to_json()), encoding="utf-8")
         # The cut weights are in weights.safetensors; the plan only has to say what was cut.
-        for name, plan in zip(_plan_names(len(self.before)), (*self.before, self.plan), strict=True):
+        names = _plan_names(len(self.before), len(self.after))
+        for name, plan in zip(names, (*self.before, self.plan, *self.after), strict=True):
             PruningPlan(plan.keep).save(folder / name, folder / "plan.safetensors")
         # Clones, because safetensors refuses two names for one memory, as tied weights have.
         state = {name: value.contiguous().clone() for name, value in self.model.state_dict().items()}
@@ -111,7 +115,7 @@ def load(folder: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such artifact folder")
     try:
-        names = _plan_names(len(list(folder.glob("tidy-*.json"))))
+        names = _plan_names(*(len(list(folder.glob(f"{name}-*.json"))) for name in ("tidy", "emptied")))
         plans = [PruningPlan.load(folder / name) for name in names]
         state = load_file(folder / "weights.safetensors")
     except PlanError as error:
@@ -137,9 +141,10 @@ def load(folder: Path | str, factory: Callable[[], nn.Module] | None = None) -> 
     return small.eval()
 
 
-def _plan_names(num_before: int) -> list[str]:
+def _plan_names(num_before: int, num_after: int) -> list[str]:
     """In the order in which the plans apply."""
-    return [*(f"tidy-{number}.json" for number in range(num_before)), "plan.json"]
+    tidied, emptied = (f"tidy-{n}.json" for n in range(num_before)), (f"emptied-{n}.json" for n in range(num_after))
+    return [*tidied, "plan.json", *emptied]
 
 
 def _load_program(path: Path, state: dict[str, Tensor]) -> Program:

@@ -13,11 +13,16 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
 
 
 class Metric(Enum):
-    """What a limit is measured in; the value is the word in a budget's text."""
+    """What a limit is measured in; the value is the word in a budget's text.
+
+    `NUM_NONZERO` counts single weights, for methods that zero them: those of `cost.prunable_weights`, what layers
+    multiply with. Biases and the vectors of normalisation do not count and stay.
+    """
 
     CHANNELS = "channels"
     NUM_PARAMS = "params"
     NUM_MACS = "macs"
+    NUM_NONZERO = "nonzero"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,14 @@ class Limit:
     metric: Metric
     value: float
     relative: bool
+
+    def __str__(self) -> str:
+        """As a budget's text has it.
+
+        >>> str(Limit(Metric.NUM_MACS, 0.5, relative=True)), str(Limit(Metric.NUM_NONZERO, 2700, relative=False))
+        ('macs<=0.5x', 'nonzero<=2,700')
+        """
+        return f"{self.metric.value}<=" + (f"{self.value:g}x" if self.relative else f"{self.value:,.0f}")
 
     def resolve(self, dense: float) -> float:
         """The absolute limit, given what the dense network costs.
@@ -54,7 +67,9 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read `macs<=0.5x`, `params<=120K`, `channels<=0.3x`, `keep=0.5`, `layer1.*=0.5`, joined by `and` or `,`.
+        """Read `macs<=0.5x`, `params<=120K`, `channels<=0.3x`, `nonzero<=0.1x`, `keep=0.5`, `layer1.*=0.5`.
+
+        Clauses are joined by `and` or `,`.
 
         Raises:
             BudgetError: an unknown metric or unit, a ratio outside (0, 1], nothing at all.

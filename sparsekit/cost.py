@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
+from torch import nn
 
 from sparsekit.budget import Budget, Limit, Metric
 from sparsekit.graph import ChannelGraph, CostTerm
@@ -81,11 +82,40 @@ class Costs:
 
 def absolute(budget: Budget, graph: ChannelGraph) -> Budget:
     """`budget` with the fractions in it taken of this graph's costs."""
-    costs = Costs(graph)
     limits = (
-        Limit(limit.metric, limit.resolve(costs(limit.metric, costs.dense)), relative=False) for limit in budget.limits
+        Limit(limit.metric, limit.resolve(_dense(limit.metric, graph)), relative=False) for limit in budget.limits
     )
     return replace(budget, limits=tuple(limits))
+
+
+def _dense(metric: Metric, graph: ChannelGraph) -> float:
+    if metric is Metric.NUM_NONZERO:
+        return sum(weight.numel() for weight in prunable_weights(graph).values())
+    costs = Costs(graph)
+    return costs(metric, costs.dense)
+
+
+def prunable_weights(graph: ChannelGraph) -> dict[str, nn.Parameter]:
+    """Name -> parameter of two or more dimensions that a layer multiplies with: what unstructured methods zero.
+
+    These read a channel group, or are the `weight` of a module that multiplies and sums, or of one inside it that
+    lends it its weight, as attention's output projection does. Biases, normalisation and embeddings are not among
+    them, nor is what a module computes its weight from (weight norm and other parametrisations).
+    """
+    reading = {slot.tensor for group in graph.groups for slot in group.slots if slot.read}
+    multiplying = {term.name for term in graph.macs}
+    weights = {}
+    for name, parameter in graph.model.named_parameters():
+        owner = name.rpartition(".")[0]
+        multiplies = name.endswith("weight") and not multiplying.isdisjoint((owner, owner.rpartition(".")[0]))
+        if parameter.dim() > 1 and (name in reading or multiplies):
+            weights[name] = parameter
+    return weights
+
+
+def num_nonzero(graph: ChannelGraph) -> int:
+    """How many of the prunable weights are not zero."""
+    return sum(int(weight.count_nonzero()) for weight in prunable_weights(graph).values())
 
 
 def num_macs(graph: ChannelGraph, kept: Mapping[ChannelGroup, int] | None = None) -> int:

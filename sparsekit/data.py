@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekit import training
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import DataError, UsageError, nearest
 from sparsekit.factory import load_factory
 from sparsekit.images import ImageData, seeded_generator, stratified_order
 from sparsekit.task import Batch, Fit, Task
 
+AUGMENTATIONS = ("shift", "crop", "flip", "trivial", "erase", "mixup", "cutmix")
 _EVAL_BATCH_SIZE = 512
 
 
@@ -22,7 +24,7 @@ def image_task(
     *,
     batch_size: int = 128,
     seed: int = 0,
-    augment: bool = True,
+    augment: Collection[str] = ("shift", "flip"),
     fit: Fit = training.fit,
     limit: int | None = None,
 ) -> Task:
@@ -35,15 +37,22 @@ def image_task(
         images: what to train and test on.
         batch_size: images per training batch, at least 2.
         seed: of the order, the augmentation and the choice of `limit` images.
-        augment: shift by up to an eighth of the image; mirror where `images.flip`.
+        augment: what is done to training images, any of these, in this order whatever the order given:
+            "shift" by up to an eighth of the image; "crop" a random part, resized to the image's size; "flip", mirror
+            half of them where `images.flip`; "trivial", TrivialAugment; "erase" a rectangle of one in ten; "mixup",
+            "cutmix", one of the two per batch where both are given: targets are then class shares, float
+            [N, num_classes].
         fit: the training loop.
         limit: train on this many images, the same share of each class.
 
     Raises:
-        UsageError: `batch_size` or `limit` below 2.
+        UsageError: `batch_size` or `limit` below 2, or an unknown augmentation.
     """
     if batch_size < 2 or (limit is not None and limit < 2):
         raise UsageError(f"batch size {batch_size}, limit {limit}: training needs at least 2 images")
+    for name in augment:
+        if name not in AUGMENTATIONS:
+            raise UsageError(f"augment {name!r}: unknown{nearest(name, list(AUGMENTATIONS))}")
     labels = images.train_labels
     chosen = torch.arange(len(labels)) if limit is None else stratified_order(labels, seed)[:limit]
     full, rest = divmod(len(chosen), batch_size)
@@ -53,10 +62,7 @@ def image_task(
         order = chosen[torch.randperm(len(chosen), generator=generator)]
         for index in order.split(batch_size):
             if len(index) > 1:
-                pixels = images.train_images[index]
-                if augment:
-                    pixels = _augment(pixels, flip=images.flip, generator=generator)
-                yield _normalize(pixels, images), labels[index]
+                yield _augment((images.train_images[index], labels[index]), images, augment, generator)
 
     return Task(
         example_inputs=(_normalize(images.test_images[:2], images),),
@@ -81,11 +87,41 @@ def load_task(spec: str) -> Task:
     return task
 
 
-def _augment(pixels: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image of uint8 [N, C, H, W] at its own offset in a black border; mirrored or not.
+def _augment(batch: Batch, images: ImageData, names: Collection[str], generator: torch.Generator) -> Batch:
+    """The batch of uint8 images and labels as the network gets it; draws from `generator` only.
 
-    RandomCrop and RandomHorizontalFlip of torchvision draw once for a whole batch, and from the global
-    generator; one gather over all windows draws per image.
+    Settings are those of torchvision's own training recipes.
+    """
+    from torchvision.transforms import v2
+
+    pixels, labels = batch
+    if "shift" in names:
+        pixels = _shift(pixels, generator)
+    if "crop" in names:
+        pixels = _each(v2.RandomResizedCrop(pixels.shape[-2:]), pixels, generator)
+    if "flip" in names and images.flip:
+        pixels = _flip(pixels, generator)
+    if "trivial" in names:
+        trivial = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+        pixels = _each(trivial, pixels, generator)
+    inputs = _normalize(pixels, images)
+    if "erase" in names:
+        inputs = _each(v2.RandomErasing(p=0.1), inputs, generator)
+    mixes = [
+        mix(alpha=alpha, num_classes=images.num_classes)
+        for name, mix, alpha in (("mixup", v2.MixUp, 0.2), ("cutmix", v2.CutMix, 1.0))
+        if name in names
+    ]
+    if mixes:
+        with _global_draws_from(generator):
+            inputs, labels = v2.RandomChoice(mixes)(inputs, labels)
+    return inputs, labels
+
+
+def _shift(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image of uint8 [N, C, H, W] at its own offset in a black border.
+
+    torchvision's RandomCrop draws once for a whole batch; one gather over all windows draws per image.
     """
     from torchvision.transforms.v2 import functional
 
@@ -94,11 +130,32 @@ def _augment(pixels: Tensor, *, flip: bool, generator: torch.Generator) -> Tenso
     windows = functional.pad(pixels, [pad_x, pad_y]).unfold(2, height, 1).unfold(3, width, 1)
     y = torch.randint(2 * pad_y + 1, (num_images,), generator=generator)
     x = torch.randint(2 * pad_x + 1, (num_images,), generator=generator)
-    cropped: Tensor = windows[torch.arange(num_images), :, y, x]
-    if flip:
-        mirrored = torch.rand(num_images, generator=generator) < 0.5
-        cropped[mirrored] = functional.horizontal_flip(cropped[mirrored])
-    return cropped
+    shifted: Tensor = windows[torch.arange(num_images), :, y, x]
+    return shifted
+
+
+def _flip(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """About half of the images [N, C, H, W] mirrored."""
+    mirrored = torch.rand(len(pixels), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+
+
+def _each(transform: Callable[[Tensor], Tensor], images: Tensor, generator: torch.Generator) -> Tensor:
+    """`transform` of every image by itself: given a batch, torchvision's transforms draw once for all of it."""
+    with _global_draws_from(generator):
+        return torch.stack([transform(image) for image in images])
+
+
+@contextmanager
+def _global_draws_from(generator: torch.Generator) -> Iterator[None]:
+    """Let what draws from torch's global generator, as torchvision does, go on where `generator` is."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(before)
 
 
 def _normalize(pixels: Tensor, images: ImageData) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ from sparsekit.networks import build_network, load_weights
 from sparsekit.pruner import Pruner
 from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
-from sparsekit.task import Progress, Task
+from sparsekit.task import Progress, Schedule, Task
+
+# Keys that mean the same to the recipe and to every method; `gamma` or `momentum`, say, may be others' words too.
+_SHARED = ("epochs", "lr", "weight_decay", "label_smoothing", "precision", "seed", "round_to")
 
 
 def build_pruner(recipe: Recipe) -> Pruner:
-    """The recipe's method, its options set; options of the same name as a recipe key come from there.
+    """The recipe's method, its options set; those in `_SHARED` come from the recipe's keys of the same name.
 
     Raises:
         UsageError: an unknown method or option, or an option of the wrong type.
@@ -31,7 +35,7 @@ def build_pruner(recipe: Recipe) -> Pruner:
         raise UsageError(f"method {recipe.method!r}: unknown{nearest(recipe.method, list(PRUNERS))}")
     factory = PRUNERS[recipe.method]
     parameters = inspect.signature(factory).parameters
-    shared = [field.name for field in dataclasses.fields(Recipe) if field.name in parameters]
+    shared = [name for name in _SHARED if name in parameters]
     own = [name for name in parameters if name not in shared]
     for name, value in recipe.options.items():
         if name not in own:
@@ -42,6 +46,40 @@ def build_pruner(recipe: Recipe) -> Pruner:
         if not right or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{recipe.method}: option {name} must be {kind.__name__}, got {value!r}")
     return factory(**{name: getattr(recipe, name) for name in shared} | dict(recipe.options))
+
+
+def build_schedule(recipe: Recipe, stage: Literal["dense", "finetune"]) -> Schedule:
+    """How the recipe trains the dense network, or fine-tunes the small one, before `follow`."""
+    epochs, lr = recipe.dense_epochs, recipe.dense_lr
+    if stage == "finetune":
+        epochs = recipe.epochs if recipe.finetune_epochs is None else recipe.finetune_epochs
+        lr = recipe.finetune_lr
+    return Schedule(
+        epochs=epochs,
+        lr=lr,
+        weight_decay=recipe.weight_decay,
+        label_smoothing=recipe.label_smoothing,
+        precision=recipe.precision,
+        seed=recipe.seed,
+    )
+
+
+def follow(recipe: Recipe, schedule: Schedule, *, stage: str) -> Schedule:
+    """A stage's schedule with the recipe's optimiser and decay; what the recipe leaves open stays as it is.
+
+    Methods make their own schedules, and this is how the recipe reaches them all alike: every stage other than
+    "dense" and "finetune" is the method's.
+    """
+    outside = {"dense": recipe.dense_milestones, "finetune": recipe.finetune_milestones}
+    milestones = outside.get(stage, recipe.milestones)
+    if milestones is not None:
+        schedule = dataclasses.replace(schedule, decay="multistep", milestones=milestones, gamma=recipe.gamma)
+    return dataclasses.replace(
+        schedule,
+        optimizer=recipe.optimizer or schedule.optimizer,
+        momentum=recipe.momentum,
+        warmup_epochs=recipe.warmup_epochs,
+    )
 
 
 def build_task(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Task | None, dict[str, int]]:
@@ -59,7 +97,9 @@ def build_task(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Tas
         seed=recipe.seed,
         progress=partial(_decoding, progress) if progress else None,
     )
-    task = image_task(images, batch_size=recipe.batch_size, seed=recipe.seed, limit=recipe.limit)
+    task = image_task(
+        images, batch_size=recipe.batch_size, seed=recipe.seed, augment=recipe.augment, limit=recipe.limit
+    )
     return task, {"num_classes": images.num_classes, "in_channels": images.train_images.shape[1]}
 
 

@@ -7,33 +7,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
-from sparsekit import training
 from sparsekit.artifact import Artifact
 from sparsekit.budget import Budget
 from sparsekit.compaction import Certificate, certify, compact
-from sparsekit.cost import absolute, num_macs
+from sparsekit.cost import absolute, num_macs, num_nonzero
 from sparsekit.environment import Environment
-from sparsekit.errors import DataError, PlanError, UsageError
+from sparsekit.errors import PlanError, UsageError
 from sparsekit.export import OnnxFile, export_onnx
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.ingredients import build, build_pruner
 from sparsekit.latency import Latency, LatencyComparison, measure_latency, width_warning
 from sparsekit.plan import PruningPlan
+from sparsekit.pruners import UNSTRUCTURED
 from sparsekit.recipe import Recipe
 from sparsekit.report import Measurement, Report, Width
-from sparsekit.selection import allocate
-from sparsekit.task import Progress, Record, Schedule, Task
+from sparsekit.selection import allocate, allocate_weights
+from sparsekit.sparse import ZerosStay
+from sparsekit.stages import Stages
+from sparsekit.task import Progress, Task
 from sparsekit.tidy import tidy_plans
 
 
@@ -66,7 +66,7 @@ def compress(
         raise UsageError("compress: without a task, example_inputs must be given")
     _check_budget(model, recipe, inputs)
     with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="sparsekit-") as folder:
-        stages = _Stages(recipe, recipe.fingerprint(), Path(folder), progress)
+        stages = Stages(recipe, recipe.fingerprint(), Path(folder), progress)
         return _compress(copy.deepcopy(model).cpu().eval(), recipe, stages.watch(task), inputs, stages)
 
 
@@ -101,7 +101,9 @@ def run(
     if continues:
         _check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash)
     elif resume and out.exists():
-        report = _read_report(out)
+        if not (out / "report.json").exists():
+            raise UsageError(f"{out}: exists and holds no report; choose another folder, or --overwrite")
+        report = Report.read(out / "report.json")
         _check_same(recipe, out, report.recipe_hash == recipe_hash)
         return report
     model, task, inputs = build(recipe, progress=progress)
@@ -111,10 +113,10 @@ def run(
     with _unfinished(work_dir):
         (work_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
         hash_file.write_text(recipe_hash, encoding="utf-8")
-        stages = _Stages(recipe, recipe_hash, work_dir, progress)
+        stages = Stages(recipe, recipe_hash, work_dir, progress)
         task = stages.watch(task)
         if recipe.weights is None:
-            stages.train(model, task, "dense", epochs=recipe.dense_epochs, lr=recipe.dense_lr)
+            stages.train(model, task, "dense")
         artifact = _compress(model, recipe, task, inputs, stages)
         # Unfinished work beside a finished folder was started to replace it.
         artifact.save(out, overwrite=overwrite or continues)
@@ -153,17 +155,6 @@ def _unfinished(folder: Path) -> Iterator[None]:
     shutil.rmtree(folder)
 
 
-def _read_report(folder: Path) -> Report:
-    path = folder / "report.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder}: exists and holds no report; choose another folder, or --overwrite") from None
-    except ValueError as error:
-        raise DataError(f"{path}: damaged: {error}") from error
-    return Report.from_json(document if isinstance(document, dict) else {})
-
-
 def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:
     """Refuse to continue the work of another recipe."""
     then = Recipe.from_toml(folder / "recipe.toml")
@@ -177,13 +168,15 @@ def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:
 
 def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...]) -> None:
     """Fail before any training where the budget cannot be met."""
-    allocate(
-        trace(model, inputs, renormalise=recipe.renormalise), Budget.parse(recipe.budget), round_to=recipe.round_to
-    )
+    graph, budget = trace(model, inputs, renormalise=recipe.renormalise), Budget.parse(recipe.budget)
+    if recipe.method in UNSTRUCTURED:
+        allocate_weights(graph, budget, scope="global")
+    else:
+        allocate(graph, budget, round_to=recipe.round_to)
 
 
 def _compress(
-    dense: nn.Module, recipe: Recipe, task: Task | None, inputs: tuple[Tensor, ...], stages: _Stages
+    dense: nn.Module, recipe: Recipe, task: Task | None, inputs: tuple[Tensor, ...], stages: Stages
 ) -> Artifact:
     """`compress` of a network that is ours, with checkpoints and ONNX files in the stages' folder."""
     stages.evaluate(dense, task, "dense")
@@ -194,9 +187,9 @@ def _compress(
     graph = trace(tidied, inputs, renormalise=recipe.renormalise)
     with stages.timed("prune"):
         plan = build_pruner(recipe)(graph, absolute(Budget.parse(recipe.budget), dense_graph), task)
-    small, certificate = _cut(tidied, plan, inputs)
+    small, after, certificate = _cut(tidied, plan, inputs)
     stages.evaluate(small, task, "pruned")
-    stages.train(small, task, "finetune", epochs=recipe.epochs, lr=recipe.finetune_lr)
+    stages.train(ZerosStay(small, plan.nonzero) if plan.nonzero else small, task, "finetune")
     stages.evaluate(small, task, "compact")
     with stages.timed("export"):
         files = [
@@ -209,28 +202,38 @@ def _compress(
             threads=recipe.threads,
             progress=lambda done, total: stages.progress("latency", done, total, {}),
         )
-    graphs, accuracies = (
-        (dense_graph, trace(small, inputs)),
-        (stages.accuracies.get(key) for key in ("dense", "compact")),
-    )
-    measured = [_measurement(*parts) for parts in zip(graphs, accuracies, files, timed.latencies, strict=True)]
+    graphs, accuracies = (dense_graph, trace(small, inputs)), map(stages.accuracies.get, ("dense", "compact"))
+    sides = zip(graphs, accuracies, files, timed.latencies, strict=True)
+    measured = [_measurement(*side, sparse=bool(plan.nonzero)) for side in sides]
     certificate = dataclasses.replace(certificate, onnx_max_relative_error=files[1].max_relative_error)
-    report = _report(recipe, measured, graph, plan, certificate, timed, stages)
-    return Artifact(small.eval(), plan, files[1].path.read_bytes(), report, recipe, tuple(before))
+    report = _report(recipe, measured, graph, (plan, *after), certificate, timed, stages)
+    return Artifact(small.eval(), plan, files[1].path.read_bytes(), report, recipe, tuple(before), tuple(after))
 
 
-def _cut(dense: nn.Module, plan: PruningPlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Certificate]:
+def _cut(
+    dense: nn.Module, plan: PruningPlan, inputs: tuple[Tensor, ...]
+) -> tuple[nn.Module, list[PruningPlan], Certificate]:
+    """The small network, the plans that then removed the channels which zeros had emptied, and the evidence for all."""
     small = compact(dense, plan, inputs)
-    certificate = certify(dense, plan, small, inputs)
-    if not certificate.holds:
-        raise PlanError(
-            f"certificate: mask and compact differ by {certificate.max_relative_error:.1e} "
-            f"of {certificate.max_abs_output:.1e}, allowed 1e-9"
-        )
-    return small, certificate
+    certificates = [certify(dense, plan, small, inputs)]
+    after = tidy_plans(small, inputs) if plan.nonzero else []
+    for emptied in after:
+        whole, small = small, compact(small, emptied, inputs)
+        certificates.append(certify(whole, emptied, small, inputs))
+    for certificate in certificates:
+        if not certificate.holds:
+            raise PlanError(
+                f"certificate: mask and compact differ by {certificate.max_relative_error:.1e} "
+                f"of {certificate.max_abs_output:.1e}, allowed 1e-9"
+            )
+    worst = max(certificates, key=lambda certificate: certificate.max_relative_error)
+    groups = {name: exact for certificate in certificates for name, exact in certificate.groups.items()}
+    return small, after, dataclasses.replace(worst, groups=groups)
 
 
-def _measurement(graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency) -> Measurement:
+def _measurement(
+    graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency, *, sparse: bool
+) -> Measurement:
     return Measurement(
         accuracy=accuracy,
         num_params=sum(parameter.numel() for parameter in graph.model.parameters()),
@@ -239,6 +242,7 @@ def _measurement(graph: ChannelGraph, accuracy: float | None, file: OnnxFile, la
         latency_ms=latency.p50_ms,
         latency_p20_ms=latency.p20_ms,
         latency_p80_ms=latency.p80_ms,
+        num_nonzero=num_nonzero(graph) if sparse else None,
     )
 
 
@@ -246,12 +250,13 @@ def _report(
     recipe: Recipe,
     measured: list[Measurement],
     graph: ChannelGraph,
-    plan: PruningPlan,
+    plans: tuple[PruningPlan, ...],
     certificate: Certificate,
     timed: LatencyComparison,
-    stages: _Stages,
+    stages: Stages,
 ) -> Report:
-    widths = {group.name: plan.kept.get(group.name, group.size) for group in graph.groups}
+    kept = {name: count for plan in plans for name, count in plan.kept.items()}
+    widths = {group.name: kept.get(group.name, group.size) for group in graph.groups}
     # The ONNX files lie in a folder that is gone when someone reads this.
     latencies = tuple(dataclasses.replace(latency, path=Path(latency.path.name)) for latency in timed.latencies)
     timed, ratio = dataclasses.replace(timed, latencies=latencies), timed.ratios[0]
@@ -260,7 +265,7 @@ def _report(
         warnings.append(f"the small network is not clearly faster: latency ratio {ratio.value:.2f}")
     if timed.busy:
         warnings.append("the machine was busy while latency was measured: wall times are upper bounds")
-    fixed = next((group.fixed_by for group, keep in plan.keep.items() if group.fixed_by and not keep.all()), None)
+    fixed = next((group.fixed_by for group, keep in plans[0].keep.items() if group.fixed_by and not keep.all()), None)
     if fixed:
         warnings.append(f"the small network is a recorded program, not the network's own class: {fixed}")
     if certificate.renormalised:
@@ -282,67 +287,3 @@ def _report(
         warnings=tuple(filter(None, warnings)),
         seconds=stages.seconds,
     )
-
-
-class _Stages:
-    """Runs the stages of one compression and keeps what each said: history, accuracies, seconds."""
-
-    def __init__(self, recipe: Recipe, recipe_hash: str, folder: Path, progress: Progress | None) -> None:
-        self.recipe_hash = recipe_hash
-        self.folder = folder
-        self.progress = progress or (lambda *_: None)
-        self.history: dict[str, list[Record]] = {}
-        self.accuracies: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-        self._recipe = recipe
-
-    def watch(self, task: Task | None) -> Task | None:
-        """The task with a training loop that resumes, reports progress and leaves its history here."""
-        if task is None:
-            return None
-        fit = task.fit
-        if fit is training.fit:
-            fit = partial(training.fit, checkpoint_dir=self.folder, progress=self.progress)
-
-        def recorded(
-            model: nn.Module,
-            task: Task,
-            schedule: Schedule,
-            *,
-            stage: str,
-            observe: Callable[[], Record] | None = None,
-        ) -> list[Record]:
-            self.history[stage] = fit(model, task, schedule, stage=stage, observe=observe)
-            return self.history[stage]
-
-        return dataclasses.replace(task, fit=recorded)
-
-    def train(self, network: nn.Module, task: Task | None, stage: str, *, epochs: int, lr: float) -> None:
-        """Train in place, where there is a task and something to do."""
-        if task is None or not epochs:
-            return
-        recipe = self._recipe
-        schedule = Schedule(
-            epochs=epochs,
-            lr=lr,
-            weight_decay=recipe.weight_decay,
-            label_smoothing=recipe.label_smoothing,
-            precision=recipe.precision,
-            seed=recipe.seed,
-        )
-        with self.timed(stage):
-            task.fit(network, task, schedule, stage=stage)
-
-    def evaluate(self, network: nn.Module, task: Task | None, name: str) -> None:
-        """Accuracy on the held-out data, kept under `name`."""
-        if task is not None:
-            with self.timed(f"evaluate {name}"):
-                self.accuracies[name] = task.evaluate(network)
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Announce a step and keep how long it took."""
-        self.progress(step, 0, 0, {})
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - start

@@ -15,14 +15,19 @@ import tomli_w
 
 from sparsekit.errors import DataError, UsageError, nearest
 
-PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed")
+_CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "precision": ("auto", "32-true", "16-mixed", "bf16-mixed"),
+}
 
 # The least value of a key, and what it must stay below.
 _RANGES = {
-    **dict.fromkeys(("dense_epochs", "epochs", "dense_lr", "lr", "finetune_lr", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("dense_epochs", "epochs", "finetune_epochs"), (0, math.inf)),
+    **dict.fromkeys(("dense_lr", "lr", "finetune_lr", "gamma", "warmup_epochs", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("dense_milestones", "milestones", "finetune_milestones"), (1, math.inf)),
     **dict.fromkeys(("image_size", "round_to", "threads"), (1, math.inf)),
     **dict.fromkeys(("limit", "batch_size"), (2, math.inf)),
-    "label_smoothing": (0, 1),
+    **dict.fromkeys(("label_smoothing", "momentum"), (0, 1)),
     "seed": (0, 2**63),
 }
 
@@ -40,6 +45,7 @@ class Recipe:
         image_size: side in pixels; None keeps the data's own (224 without data).
         limit: train on this many images, the same share of each class; None takes all.
         batch_size: images per training batch.
+        augment: what is done to training images, see `image_task`.
         method: a name in `PRUNERS`.
         options: the method's own options.
         budget: see `Budget.parse`.
@@ -47,17 +53,25 @@ class Recipe:
         renormalise: also prune channels that LayerNorm and its like run over.
         dense_epochs: training of the dense network where no weights are given.
         dense_lr: its peak learning rate.
-        epochs: of the method, where it trains, and of fine-tuning, each.
+        dense_milestones: epochs after which it is multiplied by `gamma`, none for a constant rate; None is a cosine.
+        epochs: of the method, where it trains.
         lr: peak learning rate of the method's training.
+        milestones: likewise; None is the method's own decay.
+        finetune_epochs: of fine-tuning; None is as `epochs`.
         finetune_lr: peak learning rate of fine-tuning.
-        weight_decay: everywhere.
-        label_smoothing: everywhere, in [0, 1).
+        finetune_milestones: likewise; None is a cosine.
+        gamma: at all milestones.
+        warmup_epochs: linear warm-up at the start of all training.
+        optimizer: "sgd" or "adamw" in all training; None is the method's own, and SGD elsewhere.
+        momentum: in all training; of AdamW the first beta.
+        weight_decay: in all training.
+        label_smoothing: in all training, in [0, 1).
         precision: see `Schedule.precision`.
         threads: of ONNX Runtime while latency is measured.
         seed: of everything drawn.
 
     Raises:
-        UsageError: a number out of its range, or an unknown precision.
+        UsageError: a number out of its range, an unknown optimizer or precision.
     """
 
     model: str = "digits_resnet"
@@ -68,6 +82,7 @@ class Recipe:
     image_size: int | None = None
     limit: int | None = None
     batch_size: int = 128
+    augment: tuple[str, ...] = ("shift", "flip")
     method: str = "transport"
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: str = "macs<=0.5x"
@@ -75,9 +90,17 @@ class Recipe:
     renormalise: bool = False
     dense_epochs: int = 12
     dense_lr: float = 0.1
+    dense_milestones: tuple[int, ...] | None = None
     epochs: int = 6
     lr: float = 0.01
+    milestones: tuple[int, ...] | None = None
+    finetune_epochs: int | None = None
     finetune_lr: float = 0.01
+    finetune_milestones: tuple[int, ...] | None = None
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    optimizer: str | None = None
+    momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     precision: str = "auto"
@@ -87,10 +110,14 @@ class Recipe:
     def __post_init__(self) -> None:
         for key, (least, end) in _RANGES.items():
             value = getattr(self, key)
-            if value is not None and not least <= value < end:
-                raise UsageError(f"{key} must be in [{least}, {end}), got {value}")
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"precision {self.precision!r}: unknown{nearest(self.precision, list(PRECISIONS))}")
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            for number in numbers:
+                if not least <= number < end:
+                    raise UsageError(f"{key} must be in [{least}, {end}), got {number}")
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            if value is not None and value not in choices:
+                raise UsageError(f"{key} {value!r}: unknown{nearest(value, list(choices))}")
 
     def to_toml(self) -> str:
         """Every key with its value; keys that are None are left out, no data is written as "none"."""
@@ -126,7 +153,7 @@ class Recipe:
                 raise UsageError(f"{source}: unknown key {key!r}{nearest(key, list(known))}")
             if not _fits(value, str(known[key])):
                 raise UsageError(f"{source}: {key} must be {known[key]}, got {value!r}")
-        given: dict[str, Any] = {**values}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if given.get("data") == "none":
             given["data"] = None
         try:
@@ -151,7 +178,12 @@ class Recipe:
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether a TOML value has the type a field's annotation names; an int serves as a float."""
+    """Whether a TOML value has the type a field's annotation names; an int serves as a float, an array as a tuple."""
+    if isinstance(value, list | tuple):
+        return any(
+            name.startswith("tuple[") and all(_fits(item, name[6:].partition(",")[0]) for item in value)
+            for name in annotation.split(" | ")
+        )
     kinds: dict[str, tuple[type, ...]] = {
         "str": (str,),
         "int": (int,),
@@ -161,6 +193,6 @@ def _fits(value: Any, annotation: str) -> bool:
         "Mapping[str, Any]": (dict,),
     }
     names = annotation.split(" | ")
-    return isinstance(value, tuple(kind for name in names for kind in kinds[name])) and (
+    return isinstance(value, tuple(kind for name in names for kind in kinds.get(name, ()))) and (
         not isinstance(value, bool) or "bool" in names
     )

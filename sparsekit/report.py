@@ -12,13 +12,13 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
-from sparsekit.charts import curves, share_columns
+from sparsekit.charts import curves, member_curves, share_columns
 from sparsekit.environment import Environment
 from sparsekit.errors import DataError
 
 SCHEMA_VERSION = 1
 
-_RATIOS = ("accuracy", "num_params", "num_macs", "size_bytes", "latency_ms")
+_RATIOS = ("accuracy", "num_params", "num_nonzero", "num_macs", "size_bytes", "latency_ms")
 _NOT_DRAWN = ("epoch", "step", "lr", "seconds")
 
 Cell = tuple[str, str]  # what a table cell says, and a detail for smaller print
@@ -34,6 +34,7 @@ class Measurement:
         num_macs: multiply-accumulates of one forward pass at batch 1.
         size_bytes: of the exported file.
         latency_ms: wall time per run, p50 beside its p20 and p80; None where it was not measured.
+        num_nonzero: of the weights that layers multiply with; None where the method removes channels only.
     """
 
     accuracy: float | None
@@ -43,6 +44,7 @@ class Measurement:
     latency_ms: float | None = None
     latency_p20_ms: float | None = None
     latency_p80_ms: float | None = None
+    num_nonzero: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Report:
     Attributes:
         certificate: what was checked, and how far it differed.
         latency: the paired comparison; its `ratio` holds `value`, `low` and `high` of compact / dense.
-        history: stage -> one record per epoch: `epoch`, `loss`, `train_accuracy`, `lr`, `seconds`, `mask_*`.
+        history: stage -> one record per epoch: `epoch`, `loss`, `train_accuracy`, `lr`, `seconds`, `mask_*`;
+            names like "mask/conv1/7", quantity, layer and channel, share a chart.
         accuracies: held-out accuracy in [0, 1] by point of the run, e.g. `dense`, `pruned`, `compact`.
         refusals: per frozen layer its `module`, `source` line, `op`, `reason` and `macs_share` in [0, 1].
         seconds: wall time per step of the run.
@@ -98,8 +101,9 @@ class Report:
     @property
     def headline(self) -> str:
         """One sentence, like `0.49x the MACs at 0.52x the latency [0.50, 0.54], accuracy -0.3 points`."""
-        macs, latency = self.ratio["num_macs"], self.ratio["latency_ms"]
-        text = f"{_times(macs, 2)} the MACs"
+        nonzero, macs, latency = (self.ratio[name] for name in ("num_nonzero", "num_macs", "latency_ms"))
+        text = "" if nonzero is None else f"{_times(nonzero, 2)} the nonzero weights, "
+        text += f"{_times(macs, 2)} the MACs"
         if latency is not None:
             text += f" at {_times(latency, 2)} the latency {_interval(self._paired)}".rstrip()
         if self.dense.accuracy is not None and self.compact.accuracy is not None:
@@ -111,8 +115,9 @@ class Report:
         ratio = {name: (_times(value, 3), "") for name, value in self.ratio.items()}
         ratio["latency_ms"] = (ratio["latency_ms"][0], _interval(self._paired))
         cells = zip(_cells(self.dense), _cells(self.compact), ratio.values(), strict=True)
-        labels = ("accuracy", "parameters", "MACs", "file size", "latency p50 (p20-p80)")
-        return [(label, *row) for label, row in zip(labels, cells, strict=True)]
+        labels = ("accuracy", "parameters", "nonzero weights", "MACs", "file size", "latency p50 (p20-p80)")
+        rows = [(label, *row) for label, row in zip(labels, cells, strict=True)]
+        return [row for row in rows if row[0] != "nonzero weights" or self.compact.num_nonzero is not None]
 
     def table(self) -> Table:
         """Dense | compact | ratio, for a terminal."""
@@ -140,6 +145,7 @@ class Report:
             masks=[
                 chart for rows in self.history.values() for chart in curves(rows, _names(rows, masks=True), x="step")
             ],
+            channels=[chart for rows in self.history.values() for chart in member_curves(rows)],
             environment=_plain(self.environment),
             recipe=_toml(self.recipe),
         )
@@ -149,6 +155,24 @@ class Report:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         plain: dict[str, Any] = _plain({"schema_version": SCHEMA_VERSION, **values, "ratio": self.ratio})
         return plain
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """What a file written from `to_json` says.
+
+        Raises:
+            DataError: no such file, or not a report.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise DataError(f"{path}: damaged: {error}") from error
+        try:
+            return cls.from_json(document if isinstance(document, dict) else {})
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Report:
@@ -193,6 +217,7 @@ def _cells(side: Measurement) -> list[Cell]:
     texts = (
         _percent(side.accuracy),
         f"{side.num_params:,}",
+        "-" if side.num_nonzero is None else f"{side.num_nonzero:,}",
         _si(side.num_macs).rstrip(),
         f"{_si(side.size_bytes)}B",
         "-" if side.latency_ms is None else f"{side.latency_ms:.3g} ms",
@@ -247,8 +272,8 @@ def _value(value: object) -> str:
 
 
 def _names(records: Sequence[Mapping[str, float | None]], *, masks: bool) -> list[str]:
-    """What to draw of a stage: the masks' numbers, or all others but time and what the schedule sets."""
-    names = dict.fromkeys(name for record in records for name in record)
+    """What to draw of a stage, a chart each: the masks' numbers, or all others but time and what the schedule sets."""
+    names = dict.fromkeys(name for record in records for name in record if "/" not in name)
     return [name for name in names if name not in _NOT_DRAWN and name.startswith("mask_") == masks]
 
 

@@ -1,19 +1,25 @@
-"""Scores + budget -> plan: exact counts per group, then the highest scores of each."""
+"""Scores + budget -> plan: exact counts per group, then the highest scores of each.
+
+Channels are chosen group by group; single weights layer by layer or all together.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekit.budget import Budget, Metric
-from sparsekit.cost import Costs, Counts
+from sparsekit.cost import Costs, Counts, prunable_weights
 from sparsekit.errors import BudgetError, PlanError, nearest
 from sparsekit.graph import ChannelGraph
 from sparsekit.plan import ChannelGroup, PruningPlan
+
+Scope = Literal["global", "layer"]  # do all weights compete for the budget, or those of each layer for its share
 
 
 def kept_count(size: int, keep_ratio: float, *, round_to: int = 1) -> int:
@@ -44,10 +50,17 @@ def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[
         round_to: counts are multiples of this, or a group's full size.
 
     Raises:
-        BudgetError: the limits lie below the floor, which it names; a pattern matches no group.
+        BudgetError: the limits lie below the floor, which it names; a pattern matches no group; a limit counts single
+            weights.
     """
     if round_to < 1:
         raise BudgetError(f"round_to must be at least 1, got {round_to}")
+    for limit in budget.limits:
+        if limit.metric is Metric.NUM_NONZERO:
+            raise BudgetError(
+                f"budget {limit}: counts single weights, and this method removes channels; "
+                "limit macs, params or channels, or choose an unstructured method like gmp"
+            )
     names = [group.name for group in graph.groups]
     for pattern, _ in budget.keep:
         if not any(Budget(keep=((pattern, 1.0),)).keep_ratio(name) for name in names):
@@ -147,3 +160,89 @@ def select(
 ) -> PruningPlan:
     """`allocate`, then `keep_top`."""
     return keep_top(scores, allocate(graph, budget, round_to=round_to))
+
+
+def allocate_weights(graph: ChannelGraph, budget: Budget, *, scope: Scope) -> dict[tuple[str, ...], int]:
+    """How many weights stay nonzero in each set of tensors that compete: all of them, or one layer's.
+
+    The counts add up to the budget. Every tensor keeps one weight; of their others, layers on their own keep the same
+    share each, up to rounding. A set that keeps all it has is left out.
+
+    Args:
+        graph: what can be zeroed, see `prunable_weights`.
+        budget: limits on `nonzero` only.
+        scope: who competes.
+
+    Raises:
+        BudgetError: another kind of budget, or one below a weight per tensor.
+    """
+    other = [str(limit) for limit in budget.limits if limit.metric is not Metric.NUM_NONZERO]
+    other += [f"{pattern}={ratio:g}" for pattern, ratio in budget.keep]
+    if other:
+        raise BudgetError(
+            f"budget {other[0]}: counts channels, and this method zeroes single weights; use one like nonzero<=0.1x"
+        )
+    sizes = {name: weight.numel() for name, weight in prunable_weights(graph).items()}
+    num_all = sum(sizes.values())
+    num_kept = min([num_all, *(math.floor(limit.resolve(num_all) + 1e-6) for limit in budget.limits)])
+    if num_kept < len(sizes):
+        raise BudgetError(
+            f"budget nonzero<={num_kept:,} is below the floor of {len(sizes):,} "
+            f"({len(sizes) / num_all:.2g}x of the dense network): every weight tensor is down to one"
+        )
+    if num_kept == num_all:
+        return {}
+    if scope == "global":
+        return {tuple(sizes): num_kept}
+    return {(name,): count for name, count in _shares(sizes, num_kept).items() if count < sizes[name]}
+
+
+def _shares(sizes: Mapping[str, int], num_kept: int) -> dict[str, int]:
+    """1 each and the others in proportion to `sizes`; what rounding leaves goes to the largest rests.
+
+    >>> _shares({"a": 4, "b": 10, "c": 1}, num_kept=9)
+    {'a': 3, 'b': 5, 'c': 1}
+    """
+    spare, room = num_kept - len(sizes), sum(sizes.values()) - len(sizes)
+    shares = {name: divmod(spare * (size - 1), room) for name, size in sizes.items()}
+    left = spare - sum(whole for whole, _ in shares.values())
+    favoured = sorted(sizes, key=lambda name: -shares[name][1])[:left]
+    return {name: 1 + whole + (name in favoured) for name, (whole, _) in shares.items()}
+
+
+def keep_top_weights(scores: Mapping[str, Tensor], counts: Mapping[tuple[str, ...], int]) -> dict[str, Tensor]:
+    """Which weights stay: of each set of tensors the `counts` highest-scoring, of each tensor at least one.
+
+    Equal scores are ranked by position, in the order of the set and of memory.
+
+    Args:
+        scores: name -> float tensor of the weight's shape, higher is kept.
+        counts: what `allocate_weights` returns, or any numbers from the number of tensors to that of weights.
+
+    Returns:
+        name -> bool mask, as `PruningPlan.nonzero` has them, on the scores' device.
+
+    Raises:
+        PlanError: scores that are not finite.
+
+    >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([0.5, 0.5])}
+    >>> {name: mask.int().tolist() for name, mask in keep_top_weights(scores, {("a", "b"): 3}).items()}
+    {'a': [1, 0, 1], 'b': [1, 0]}
+    """
+    keep: dict[str, Tensor] = {}
+    for names, count in counts.items():
+        rows = [scores[name].flatten().clone() for name in names]
+        for name, row in zip(names, rows, strict=True):
+            if not row.isfinite().all():
+                raise PlanError(f"{name}: scores must be finite numbers")
+            row[row.argmax()] = torch.inf
+        kept = _top(torch.cat(rows), count).split([len(row) for row in rows])
+        keep |= {name: mask.view(scores[name].shape) for name, mask in zip(names, kept, strict=True)}
+    return keep
+
+
+def _top(scores_N: Tensor, count: int) -> Tensor:
+    """Bool [N], the `count` highest, equal ones by position; by its threshold, which needs no sorting."""
+    threshold = scores_N.kthvalue(len(scores_N) - count + 1).values
+    above, level = scores_N > threshold, scores_N == threshold
+    return above | (level & (level.cumsum(0) <= count - above.sum()))

@@ -135,7 +135,8 @@ def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     """The parameter, buffer or computed weight of that name."""
-    value: Tensor = _values(model)(name)
+    path, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(model.get_submodule(path), leaf)
     return value
 
 

@@ -21,6 +21,7 @@ class Schedule:
         epochs: passes over the training batches.
         lr: peak learning rate.
         optimizer: "sgd" (Nesterov off) or "adamw".
+        momentum: in [0, 1); of AdamW the first beta.
         decay: "cosine" to zero over all steps, or "multistep": times `gamma` at each of `milestones` (epochs).
         warmup_epochs: linear warm-up from zero, may be fractional.
         label_smoothing: in [0, 1), for the task's loss.
@@ -68,7 +69,7 @@ class Task:
         example_inputs: positional inputs of one forward pass, batch first.
         batches: epoch number -> that epoch's training batches, the same for the same number.
         num_batches: how many batches an epoch has.
-        loss: (output, targets, label_smoothing) -> scalar tensor to minimise.
+        loss: (output, targets, label_smoothing) -> scalar tensor to minimise, the mean over the batch.
         evaluate: model -> accuracy in [0, 1] on held-out data; leaves the model's mode as it was.
         fit: the training loop for methods that train.
         name: what reports call the data.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from sparsekit.charts import axis_ticks, curves, line_chart, share_bars, share_columns
+from sparsekit import charts
+from sparsekit.charts import axis_ticks, curves, line_chart, lines_chart, member_curves, share_bars, share_columns
 
 
 def test_a_bar_is_filled_by_the_share_that_is_kept() -> None:
@@ -58,6 +60,44 @@ def test_a_gap_in_the_records_is_skipped_and_an_empty_series_is_not_drawn() -> N
     root = ElementTree.fromstring(chart)
     assert len(list(root.iter("circle"))) == 2
     assert "at epoch 4" in (root.findtext("desc") or "")
+
+
+def test_members_share_the_chart_and_the_axes_of_their_quantity_and_subject() -> None:
+    records: list[dict[str, float | None]] = [
+        {"step": 1, "mask/conv1/7": 0.0, "mask/conv1/2": 1.0, "score/conv1/7": 3.0, "loss": 1.0},
+        {"step": 2, "mask/conv1/7": 1.0, "mask/conv1/2": None},
+        {"step": 3, "mask/conv1/7": 1.0, "mask/conv1/2": 0.0},
+        {"epoch": 1, "mask/conv1/7": 9.0},
+    ]
+    masks, scores = (ElementTree.fromstring(chart) for chart in member_curves(records))
+    assert [chart.findtext("title") for chart in (masks, scores)] == ["mask in conv1", "score in conv1"]
+    up, down = (
+        [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+        for line in masks.iter("polyline")
+    )
+    assert len(up) == 3
+    assert down == [up[0][:1] + up[1][1:], up[2][:1] + up[0][1:]]  # falls from where the other ends to where it began
+
+
+def test_lines_are_told_apart_by_the_legend_by_colour_and_by_dashes() -> None:
+    series = {name: [(1, 0.0), (2, 1.0)] for name in ("7", "12", "63")}
+    root = ElementTree.fromstring(lines_chart(series, title="t", x_label="step"))
+    styles = [line.attrib["class"] for line in root.iter("polyline")]
+    swatches = [path.attrib["class"] for path in root.iter("path") if "style" in path.attrib["class"]]
+    assert styles == swatches == ["line style-1", "line style-2", "line style-3"]
+    assert [text.text for text in root.iter("text") if text.get("class") == "name"] == ["7", "12", "63"]
+    page = (Path(charts.__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+    assert all(re.search(rf"\.{style} {{ stroke: var\(.*dasharray", page) for style in ("style-2", "style-3"))
+
+
+def test_a_legend_fits_into_the_chart() -> None:
+    series = {str(number): [(1, 0.0)] for number in (1022, 1023, 1024)}
+    root = ElementTree.fromstring(lines_chart(series, title="t" * 60, x_label="step"))
+    names = [text for text in root.iter("text") if text.get("class") == "name"]
+    ends = [float(text.attrib["x"]) + 6.5 * len(text.text or "") for text in names]  # monospace of 10.5 px
+    starts = [float(text.attrib["x"]) - 23 for text in names]
+    assert all(end < start for end, start in zip(ends, [*starts[1:], 320], strict=True))
+    assert len(next(text.text or "" for text in root.iter("text") if text.get("class") == "title")) <= 44
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import pytest
@@ -132,6 +132,7 @@ def assert_one_line(result: Result, *words: str) -> None:
         (["-o", "epsilon=soft"], ["epsilon must be float", "'soft'"]),
         (["-o", "epsilon"], ["'epsilon'", "NAME=VALUE"]),
         (["--precision", "bf16-mixd"], ["'bf16-mixd'", "did you mean bf16-mixed"]),
+        (["--milestones", "60,x"], ["--milestones '60,x'", "expected epochs like 60,90"]),
         (["--epochs", "-1"], ["epochs must be in [0, inf), got -1"]),
         (["--batch-size", "1"], ["batch_size must be in [2, inf), got 1"]),
         (["--threads", "0"], ["threads must be in [1, inf), got 0"]),
@@ -322,6 +323,38 @@ def test_flags_win_over_the_recipe_and_options_add_up(cli: Cli, here: Path, monk
     assert recipes == [Recipe(lr=0.3, epochs=2, options=options, download=False, weights="w.pt")]
 
 
+@pytest.mark.parametrize(
+    ("flags", "key", "value"),
+    [
+        (("--milestones", "60,90"), "milestones", (60, 90)),
+        (("--finetune-milestones", " 3, 5,"), "finetune_milestones", (3, 5)),
+        (("--dense-milestones", ""), "dense_milestones", ()),
+        (("--augment", "shift, cutmix"), "augment", ("shift", "cutmix")),
+        (("--augment", ""), "augment", ()),
+    ],
+)
+def test_what_stands_between_commas_is_a_list(
+    flags: tuple[str, str], key: str, value: Any, cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(compress_module, "run", lambda recipe, *_, **__: recipes.append(recipe))
+    with pytest.raises(AttributeError):  # there is no report to print
+        cli("compress", *flags)
+    assert recipes == [dataclasses.replace(Recipe(), **{key: value})]
+
+
+def test_another_method_leaves_the_options_of_the_recipes_own_behind(
+    cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(compress_module, "run", lambda recipe, *_, **__: recipes.append(recipe))
+    Path("mine.toml").write_text('method = "transport"\n[options]\nepsilon = 0.5')
+    for flags in ((), ("--method", "transport"), ("--method", "magnitude"), ("--method", "magnitude", "-o", "norm=l2")):
+        with pytest.raises(AttributeError):  # there is no report to print
+            cli("compress", "--recipe", "mine.toml", *flags)
+    assert [recipe.options for recipe in recipes] == [{"epsilon": 0.5}, {"epsilon": 0.5}, {}, {"norm": "l2"}]
+
+
 # Help, and the other verbs
 
 
@@ -336,7 +369,7 @@ def test_the_help_of_every_verb_has_an_example(verb: str, cli: Cli) -> None:
 def test_the_help_names_every_verb_and_exit_code(cli: Cli) -> None:
     result = cli("--help")
     assert result.code == 0
-    assert VERBS == ["bench", "compress", "env", "export", "inspect"]
+    assert VERBS == ["bench", "compress", "env", "export", "inspect", "report"]
     assert all(re.search(rf"^ +{verb} +\w[^.]*(\.|$)", result.out, re.MULTILINE) for verb in VERBS)
     assert all(f"{code} " in result.out for code in (0, 1, 2, 3, 4, 5, 130))
 

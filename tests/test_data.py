@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparsekit.data import image_task, load_task
+from sparsekit.data import AUGMENTATIONS, image_task, load_task
 from sparsekit.errors import DataError, UsageError
 from sparsekit.factory import load_factory
 from sparsekit.images import ImageData, load_images
@@ -257,7 +257,7 @@ def test_an_image_size_below_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_epoch_holds_every_image_once_with_its_own_label() -> None:
-    task = image_task(ramp(11), batch_size=4, augment=False, fit=fit)
+    task = image_task(ramp(11), batch_size=4, augment=(), fit=fit)
     inputs, targets = epoch(task, 0)
     numbers = (inputs[:, 0, 0, 0] * 255).round().long() - 1
     assert numbers.sort().values.tolist() == list(range(11))
@@ -334,13 +334,13 @@ def test_inputs_are_normalised_per_channel() -> None:
 
 def test_a_limit_trains_on_the_same_images_each_epoch_with_every_class_in_its_share() -> None:
     images = replace(ramp(100), train_labels=(torch.arange(100) >= 80).long())
-    task = image_task(images, augment=False, limit=20, fit=fit)
+    task = image_task(images, augment=(), limit=20, fit=fit)
     (first, targets), (second, _) = epoch(task, 0), epoch(task, 1)
     assert targets.bincount().tolist() == [16, 4]
     chosen = first[:, 0, 0, 0].sort().values
     assert torch.equal(chosen, second[:, 0, 0, 0].sort().values)
     assert len(chosen.unique()) == 20
-    other, _ = epoch(image_task(images, augment=False, limit=20, seed=1, fit=fit), 0)
+    other, _ = epoch(image_task(images, augment=(), limit=20, seed=1, fit=fit), 0)
     assert not torch.equal(chosen, other[:, 0, 0, 0].sort().values)
 
 
@@ -348,6 +348,115 @@ def test_a_limit_trains_on_the_same_images_each_epoch_with_every_class_in_its_sh
 def test_too_few_images_to_train_on_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="at least 2"):
         image_task(ramp(4), fit=fit, **options)  # type: ignore[arg-type]
+
+
+def noise(num_images: int, *, channels: int = 3, size: int = 16, flip: bool = True) -> ImageData:
+    """Random images whose labels alternate between two of three classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(1, 256, (num_images, channels, size, size), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(num_images) % 2
+    unit = (0.0,) * channels, (1.0,) * channels
+    return ImageData("noise", pixels, labels, pixels[:6], labels[:6], 3, *unit, flip=flip)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_augmentation_depends_on_seed_and_epoch_alone_and_leaves_the_global_generator_alone(name: str) -> None:
+    images = noise(40)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, targets = epoch(image_task(images, augment=[name], batch_size=20, fit=fit), 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, same_targets = epoch(image_task(images, augment=[name], batch_size=20, fit=fit), 5)
+    assert torch.equal(first, again)
+    assert torch.equal(targets, same_targets)
+    plain, _ = epoch(image_task(images, augment=(), batch_size=20, fit=fit), 5)
+    assert first.shape == plain.shape
+    assert not torch.equal(first, plain)
+
+
+@pytest.mark.parametrize("name", ["crop", "trivial", "erase"])
+def test_every_image_is_changed_on_its_own(name: str) -> None:
+    one = noise(1).train_images.expand(60, -1, -1, -1)
+    images = replace(noise(60), train_images=one)
+    inputs, _ = epoch(image_task(images, augment=[name], batch_size=30, fit=fit), 0)
+    num_versions = len({image.numpy().tobytes() for image in inputs})
+    # About six of sixty are erased, each elsewhere; the others stay the one image they all are. Some of what
+    # TrivialAugment does is nothing, or the same twice.
+    least, most = {"crop": (55, 60), "trivial": (25, 60), "erase": (3, 15)}[name]
+    assert least <= num_versions <= most
+
+
+def test_erased_rectangles_have_the_mean_colour_and_the_rest_stays() -> None:
+    images = noise(60)
+    (plain, _), (inputs, _) = (
+        epoch(image_task(images, augment=names, batch_size=60, fit=fit), 0) for names in ((), ("erase",))
+    )
+    changed = inputs != plain
+    assert changed.any()
+    assert (inputs[changed] == 0).all()
+
+
+def test_a_crop_shows_a_part_of_its_image_magnified() -> None:
+    # A ramp from left to right: any part of it is a ramp between two of its values.
+    row = torch.arange(16, dtype=torch.uint8) * 16
+    pixels = row.expand(50, 1, 16, 16).contiguous()
+    images = ImageData("ramp", pixels, torch.zeros(50).long(), pixels, torch.zeros(50).long(), 1, (0.0,), (1.0,))
+    inputs, _ = epoch(image_task(images, augment=["crop"], batch_size=50, fit=fit), 0)
+    assert (inputs[..., 1:] >= inputs[..., :-1]).all()
+    assert (inputs[:, :, 1:] == inputs[:, :, :-1]).all()
+    assert (inputs * 255).round().amax() == 240
+    assert len((inputs[:, 0, 0, -1] - inputs[:, 0, 0, 0]).unique()) > 5
+
+
+@pytest.mark.parametrize("names", [["mixup"], ["cutmix"], ["mixup", "cutmix"]], ids="+".join)
+def test_mixed_images_have_class_shares_as_targets_and_the_loss_takes_them(names: list[str]) -> None:
+    task = image_task(noise(40), augment=names, batch_size=8, fit=fit)
+    for inputs, targets in task.batches(0):
+        assert (targets.shape, targets.dtype) == ((8, 3), torch.float32)
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+        assert not targets[:, 2].any()
+        logits = inputs.flatten(1)[:, :3]
+        expected = -(targets * logits.log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(task.loss(logits, targets, 0.0), expected)
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_the_targets_of_a_mix_are_the_shares_of_the_images_in_it(name: str) -> None:
+    # White images are class 0, black ones class 1, so that brightness tells the share.
+    labels = torch.arange(40) % 2
+    pixels = ((1 - labels) * 255).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 16, 16).contiguous()
+    images = ImageData("black and white", pixels, labels, pixels, labels, 2, (0.0,), (1.0,))
+    inputs, targets = epoch(image_task(images, augment=[name], batch_size=8, fit=fit), 0)
+    torch.testing.assert_close(inputs.mean((1, 2, 3)), targets[:, 0])
+    assert ((targets > 0) & (targets < 1)).any()
+
+
+def test_where_both_mixes_are_given_each_batch_has_one_of_them() -> None:
+    batches = image_task(noise(400), augment=["mixup", "cutmix"], batch_size=8, fit=fit).batches(0)
+    # A cut pixel is one of an image, a whole number of 255ths.
+    cut = [bool(((inputs * 255).frac() - 0.5).abs().min() > 0.49) for inputs, _ in batches]
+    assert 15 < sum(cut) < 35
+
+
+def test_training_on_mixed_images_records_no_accuracy() -> None:
+    images = noise(16, channels=1, size=8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    task = image_task(images, augment=["mixup"], batch_size=8)
+    (record,) = task.fit(model, task, Schedule(1), stage="dense")
+    assert "train_accuracy" not in record
+    assert record["loss"] > 0
+
+
+def test_augmentations_are_applied_in_one_order_whatever_the_order_given() -> None:
+    first, _ = epoch(image_task(noise(20), augment=("flip", "trivial", "shift"), fit=fit), 0)
+    second, _ = epoch(image_task(noise(20), augment=("shift", "trivial", "flip"), fit=fit), 0)
+    assert torch.equal(first, second)
+
+
+def test_an_unknown_augmentation_is_named() -> None:
+    with pytest.raises(UsageError, match="augment 'mixupp': unknown; did you mean mixup"):
+        image_task(noise(4), augment=["mixupp"], fit=fit)
 
 
 class ReadsNumber(nn.Module):

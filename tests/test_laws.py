@@ -21,7 +21,7 @@ from sparsekit.selection import allocate, keep_top
 from sparsekit.surgery import mask
 from tests.networks import NETWORKS, make
 
-DATA_FREE = ["magnitude", "random"]
+DATA_FREE = ["magnitude", "random", "fpgm", "group_norm", "neuron_merging"]
 
 
 @cache

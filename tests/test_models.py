@@ -32,6 +32,7 @@ NUM_PARAMS = {
     "resnet110_b": 1_730_714,
     "vgg16": 14_987_722,
     "vgg19": 20_035_018,
+    "wrn26_12": 52_520_538,
     "wrn28_2": 1_467_610,
     "wrn28_10": 36_479_194,
     "wrn40_4": 8_949_210,
@@ -92,6 +93,14 @@ def test_option_a_shortcut_takes_every_second_pixel_and_centres_the_channels_bet
     assert out.shape == (1, 4, 2, 2)
     assert torch.equal(out[:, 1:3], x[:, :, ::2, ::2])
     assert not out[:, [0, 3]].any()
+
+
+def test_wrn26_is_twelve_times_as_wide_behind_the_stem_of_a_narrow_network() -> None:
+    weights = build("wrn26_12").state_dict()
+    assert weights["conv1.weight"].shape == (16, 3, 3, 3)
+    assert weights["layer1.0.conv1.weight"].shape == (192, 16, 3, 3)
+    assert weights["layer1.0.shortcut.0.weight"].shape == (192, 16, 1, 1)
+    assert weights["layer3.3.conv2.weight"].shape == (768, 768, 3, 3)
 
 
 def test_a_depth_that_no_network_of_the_family_has_is_refused() -> None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sparsekit.baking import bake_all
 from sparsekit.compaction import certify, compact
 from sparsekit.export import export_onnx
+from sparsekit.gates import GatedNetwork
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import PruningPlan
 from sparsekit.selection import keep_top
+from sparsekit.surgery import copied, mask
 from tests.patterns import PATTERNS, Inputs, Place, make
 
 CASES = [(name, renormalise) for name, pattern in PATTERNS.items() for renormalise in pattern.modes]
@@ -167,3 +170,22 @@ def test_the_compact_network_exports_to_onnx(name: str, tmp_path: Path) -> None:
 
 def num_params(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_hard_gates_compute_what_the_plan_says_twice_in_a_row(name: str) -> None:
+    """Channels in two groups at once (heads x head dims), attention scores, modules under two names."""
+    network, inputs = make(name)
+    graph = trace(network, inputs)
+    if not graph.groups:
+        pytest.skip("nothing to gate")
+    plan = random_plan(graph, drop=2, seed=1)
+    gated = GatedNetwork(bake_all(copied(network)).eval().double(), graph.groups)
+    gates_GC = gated.valid.double()
+    for row, group in zip(gates_GC, graph.groups, strict=True):
+        row[: group.size] = plan.keep.get(group, torch.ones(group.size))
+    wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    with torch.no_grad():
+        expected = tensors(mask(network, plan).double().eval()(*wide))
+        for _ in range(2):
+            torch.testing.assert_close(tensors(gated(gates_GC, *wide)), expected)

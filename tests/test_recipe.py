@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from sparsekit import training
 from sparsekit.errors import DataError, UsageError
-from sparsekit.recipe import PRECISIONS, Recipe
+from sparsekit.ingredients import build_schedule, follow
+from sparsekit.recipe import _CHOICES, Recipe
+from sparsekit.stages import Stages
+from sparsekit.task import Record, Schedule, Task
+from tests import tiny
 
 OTHER = Recipe(
     model="torchvision:resnet18",
@@ -22,6 +28,7 @@ OTHER = Recipe(
     image_size=64,
     limit=100,
     batch_size=32,
+    augment=("crop", "mixup"),
     method="magnitude",
     options={"norm": "l2"},
     budget="params<=1M and layer1.*=0.5",
@@ -29,9 +36,17 @@ OTHER = Recipe(
     renormalise=True,
     dense_epochs=0,
     dense_lr=0.2,
+    dense_milestones=(5, 8),
     epochs=3,
     lr=0.3,
+    milestones=(),
+    finetune_epochs=4,
     finetune_lr=0.4,
+    finetune_milestones=(2,),
+    gamma=0.5,
+    warmup_epochs=0.5,
+    optimizer="adamw",
+    momentum=0.8,
     weight_decay=0.0,
     label_smoothing=0.1,
     precision="32-true",
@@ -103,7 +118,17 @@ def test_a_recipe_file_may_leave_keys_out(tmp_path: Path) -> None:
         ("image_size = 0", "image_size must be in [1, inf), got 0"),
         ("threads = 0", "threads must be in [1, inf), got 0"),
         ("label_smoothing = 1.0", "label_smoothing must be in [0, 1), got 1.0"),
+        ("momentum = 1.0", "momentum must be in [0, 1), got 1.0"),
+        ("gamma = -0.1", "gamma must be in [0, inf), got -0.1"),
+        ("finetune_epochs = -1", "finetune_epochs must be in [0, inf), got -1"),
+        ("milestones = 60", "milestones must be tuple[int, ...] | None, got 60"),
+        ("milestones = [60, 9.5]", "milestones must be tuple[int, ...] | None, got [60, 9.5]"),
+        ("finetune_milestones = [3, 0]", "finetune_milestones must be in [1, inf), got 0"),
+        ('augment = "flip"', "augment must be tuple[str, ...], got 'flip'"),
+        ("augment = [1]", "augment must be tuple[str, ...], got [1]"),
+        ("lr = [0.1]", "lr must be float, got [0.1]"),
         ("seed = -1", "seed must be in [0, 9223372036854775808), got -1"),
+        ('optimizer = "sdg"', "optimizer 'sdg': unknown; did you mean sgd"),
         ('precision = "bf16-mix"', "precision 'bf16-mix': unknown; did you mean bf16-mixed"),
     ],
 )
@@ -139,5 +164,63 @@ def test_a_mapping_over_the_defaults_is_a_recipe(values: dict[str, Any]) -> None
     assert recipe == Recipe(**values | ({"data": None} if "data" in values else {}))
 
 
-def test_the_precisions_are_those_that_training_knows() -> None:
-    assert list(PRECISIONS) == training._CHOICES["precision"]
+@pytest.mark.parametrize("key", _CHOICES)
+def test_the_choices_are_those_that_training_knows(key: str) -> None:
+    assert list(_CHOICES[key]) == training._CHOICES[key]
+
+
+# What a recipe says of training
+
+
+def test_fine_tuning_is_as_long_as_the_method_unless_the_recipe_says_otherwise() -> None:
+    assert build_schedule(Recipe(epochs=3), "finetune").epochs == 3
+    assert build_schedule(Recipe(epochs=3, finetune_epochs=5), "finetune").epochs == 5
+    assert build_schedule(Recipe(epochs=3, finetune_epochs=0), "finetune").epochs == 0
+    assert build_schedule(Recipe(epochs=3, dense_epochs=7), "dense").epochs == 7
+
+
+def test_a_stage_has_its_own_epochs_and_rate_and_the_settings_of_all() -> None:
+    shared = {"weight_decay": 0.0, "label_smoothing": 0.1, "precision": "32-true", "seed": 7}
+    assert build_schedule(OTHER, "dense") == Schedule(0, 0.2, **shared)  # type: ignore[arg-type]
+    assert build_schedule(OTHER, "finetune") == Schedule(4, 0.4, **shared)  # type: ignore[arg-type]
+
+
+def test_milestones_replace_the_decay_of_their_own_stage_only() -> None:
+    schedule = Schedule(10)
+    recipe = Recipe(dense_milestones=(5, 8), milestones=(), gamma=0.5)
+    dense, method, tuned = (follow(recipe, schedule, stage=stage) for stage in ("dense", "prune", "finetune"))
+    assert (dense.decay, dense.milestones, dense.gamma) == ("multistep", (5, 8), 0.5)
+    assert (method.decay, method.milestones) == ("multistep", ())
+    assert tuned == schedule
+
+
+def test_a_recipe_that_says_nothing_leaves_a_methods_schedule_as_it_is() -> None:
+    own = Schedule(10, 1e-3, optimizer="adamw", decay="multistep", milestones=(3,), gamma=0.5, label_smoothing=0.2)
+    assert follow(Recipe(), own, stage="prune") == own
+    sgd = follow(Recipe(optimizer="sgd", momentum=0.8, warmup_epochs=2), own, stage="prune")
+    assert sgd == dataclasses.replace(own, optimizer="sgd", momentum=0.8, warmup_epochs=2)
+
+
+def test_both_the_methods_training_and_fine_tuning_follow_the_recipe(tmp_path: Path) -> None:
+    asked: dict[str, Schedule] = {}
+
+    def fit(
+        model: nn.Module,
+        task: Task,
+        schedule: Schedule,
+        *,
+        stage: str,
+        observe: Callable[[], Record] | None = None,
+    ) -> list[Record]:
+        asked[stage] = schedule
+        return []
+
+    recipe = Recipe(milestones=(2,), finetune_milestones=(3, 4), finetune_epochs=5, gamma=0.5, optimizer="adamw")
+    stages = Stages(recipe, "", tmp_path, None)
+    task = stages.watch(dataclasses.replace(tiny.task(), fit=fit))
+    assert task is not None
+    task.fit(nn.Identity(), task, Schedule(7, lr=0.3, weight_decay=0.2), stage="prune")
+    stages.train(nn.Identity(), task, "finetune")
+    settings = {"optimizer": "adamw", "decay": "multistep", "gamma": 0.5}
+    assert asked["prune"] == Schedule(7, 0.3, weight_decay=0.2, milestones=(2,), **settings)  # type: ignore[arg-type]
+    assert asked["finetune"] == Schedule(5, 0.01, milestones=(3, 4), **settings)  # type: ignore[arg-type]

@@ -99,7 +99,7 @@ def test_a_report_survives_json(report: Report) -> None:
 
 def test_json_holds_both_networks_and_their_ratio() -> None:
     document = sample_report().to_json()
-    names = {"accuracy", "num_params", "num_macs", "size_bytes", "latency_ms"}
+    names = {"accuracy", "num_params", "num_nonzero", "num_macs", "size_bytes", "latency_ms"}
     assert names <= document["dense"].keys()
     assert names <= document["compact"].keys()
     assert names == document["ratio"].keys()
@@ -157,6 +157,7 @@ def test_a_ratio_is_unknown_where_a_side_is() -> None:
     assert report.ratio == {
         "accuracy": None,
         "num_params": 0.5,
+        "num_nonzero": None,
         "num_macs": 0.45,
         "size_bytes": 0.5,
         "latency_ms": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from sparsekit.errors import UsageError
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot
 from sparsekit.pruner import channel_norms
-from sparsekit.pruners.transport import MaskedNetwork, Solver, Transport
+from sparsekit.pruners.transport import MaskedNetwork, Transport
 from sparsekit.selection import allocate
-from sparsekit.soft_topk import exact_mask, initial_plan, sinkhorn_step
+from sparsekit.soft_topk import SoftMasks, Solver, exact_mask, sinkhorn_step
 from sparsekit.surgery import mask
-from sparsekit.task import Batch, Record, Schedule, Task
+from sparsekit.task import Batch, Fit, Record, Schedule, Task
 
 
 def all_valid(scores: Tensor) -> Tensor:
@@ -31,39 +32,62 @@ def iterate(
     scores: Tensor, counts: Tensor, valid: Tensor, *, epsilon: float, num_steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`num_steps` proximal steps with still scores, in the scores' dtype."""
-    log_plan, potential = (state.to(scores.dtype) for state in initial_plan(valid, epsilon=epsilon))
+    log_odds, potential = uniform_plan(scores)
     for _ in range(num_steps):
-        mask, log_plan, potential = sinkhorn_step(scores, counts, log_plan, potential, valid, epsilon=epsilon)
-    return mask, log_plan, potential
+        mask, log_odds, potential = sinkhorn_step(scores, counts, log_odds, potential, valid, epsilon=epsilon)
+    return mask, log_odds, potential
 
 
-def test_scalar_form_agrees_with_the_plan_over_300_steps_of_drifting_scores() -> None:
+def uniform_plan(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(scores), scores.new_zeros(len(scores))
+
+
+def algorithm_1(
+    scores: Tensor, count: int, plan: Tensor, g: Tensor, *, epsilon: float, num_iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The paper's lines as they stand there, but g / epsilon in place of g: the mask, P and g, from s, P and g."""
+    num_channels = len(scores)
+    a = torch.full_like(scores, 1 / num_channels)
+    b = scores.new_tensor([1 - count / num_channels, count / num_channels])
+    cost = torch.stack([scores**2, (scores - 1) ** 2], 1)
+    kernel = torch.exp(-cost / epsilon) * plan
+    for _ in range(num_iterations):
+        f = a.log() - torch.log(kernel @ g.exp())
+        g = b.log() - torch.log(kernel.T @ f.exp())
+    plan = f.exp()[:, None] * kernel * g.exp()
+    return num_channels * plan[:, 1], plan, g
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2, 7])
+def test_log_odds_say_what_the_papers_plan_says_while_scores_drift(inner_steps: int) -> None:
+    """25 steps: by then entries of the plan, which is not kept in logarithms, are about 1e-80."""
     torch.manual_seed(0)
-    num_channels, count, epsilon = 16, 5, 0.5
-    scores = torch.rand(1, num_channels, dtype=torch.float64)
+    scores, count, epsilon = torch.rand(1, 16, dtype=torch.float64), 5, 0.5
     valid, counts = all_valid(scores), torch.tensor([count])
-    target = torch.tensor([1 - count / num_channels, count / num_channels], dtype=torch.float64)
-    log_plan, potential = (state.double() for state in initial_plan(valid, epsilon=epsilon))
-    log_odds, duals = torch.zeros(num_channels, dtype=torch.float64), potential[0]
-    for _ in range(300):
-        scores = scores + 0.01 * torch.randn_like(scores)
-        mask, log_plan, potential = sinkhorn_step(scores, counts, log_plan, potential, valid, epsilon=epsilon)
-        log_odds = log_odds + (2 * scores[0] - 1) / epsilon
-        keep_share = torch.sigmoid(log_odds + duals[1] - duals[0])
-        assert (mask[0] - count * keep_share / keep_share.sum()).abs().max() < 1e-9
-        shares = torch.stack([1 - keep_share, keep_share])
-        duals = duals + target.log() - shares.mean(1).log()
-        log_odds = log_odds + duals[1] - duals[0]
+    log_odds, potential = uniform_plan(scores)
+    plan, g = torch.full((16, 2), 1 / 16, dtype=torch.float64), torch.full((2,), 1 / epsilon, dtype=torch.float64)
+    for _ in range(25):
+        scores = (scores + 0.05 * torch.randn_like(scores)).detach().requires_grad_()
+        mask, log_odds, potential = sinkhorn_step(
+            scores, counts, log_odds, potential, valid, epsilon=epsilon, inner_steps=inner_steps
+        )
+        expected, plan, g = algorithm_1(scores[0], count, plan, g, epsilon=epsilon, num_iterations=inner_steps)
+        direction = torch.randn(16, dtype=torch.float64)
+        gradients = [torch.autograd.grad(m @ direction, scores)[0] for m in (mask[0], expected)]
+        plan, g = plan.detach(), g.detach()
+        torch.testing.assert_close(mask[0], expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(log_odds[0], (plan[:, 1] / plan[:, 0]).log(), rtol=1e-10, atol=1e-10)
 
 
 def test_mask_sums_to_the_count_at_every_step_of_drifting_scores() -> None:
     torch.manual_seed(0)
     scores = torch.rand(3, 40) * 3
     valid, counts = all_valid(scores), torch.tensor([1, 17, 39])
-    log_plan, potential = initial_plan(valid, epsilon=0.25)
+    log_odds, potential = uniform_plan(scores)
     for _ in range(200):
         scores = scores + 0.05 * torch.randn_like(scores)
-        mask, log_plan, potential = sinkhorn_step(scores, counts, log_plan, potential, valid, epsilon=0.25)
+        mask, log_odds, potential = sinkhorn_step(scores, counts, log_odds, potential, valid, epsilon=0.25)
         assert torch.allclose(mask.sum(1), counts.float(), rtol=1e-6, atol=0)
         assert (mask >= 0).all()
 
@@ -72,10 +96,10 @@ def test_ten_thousand_float32_steps_stay_finite_and_end_in_the_hard_top_k() -> N
     torch.manual_seed(0)
     scores = torch.rand(2, 8).requires_grad_()
     valid, counts = all_valid(scores), torch.tensor([2, 7])
-    mask, log_plan, potential = iterate(scores, counts, valid, epsilon=0.05, num_steps=10_000)
+    mask, log_odds, potential = iterate(scores, counts, valid, epsilon=0.05, num_steps=10_000)
     (gradient,) = torch.autograd.grad((mask * torch.randn(2, 8)).sum(), scores)
-    assert all(value.isfinite().all() for value in (mask, log_plan, potential, gradient))
-    assert log_plan.min() < -10_000  # exponentiating it would underflow
+    assert all(value.isfinite().all() for value in (mask, log_odds, potential, gradient))
+    assert log_odds.min() < -10_000  # exponentiating it would underflow
     for row, count in enumerate(counts.tolist()):
         hard = torch.zeros(8).index_fill(0, scores[row].topk(count).indices, 1.0)
         assert torch.allclose(mask[row], hard, atol=1e-5)
@@ -95,10 +119,10 @@ def train_toy(*, lr: float) -> Tensor:
     prices = torch.tensor([[2.0, 1.0, 3.0]], dtype=torch.float64)
     scores = torch.tensor([[0.2, 0.1, 0.3]], dtype=torch.float64)
     valid, counts = all_valid(scores), torch.tensor([1])
-    log_plan, potential = (state.double() for state in initial_plan(valid, epsilon=10.0))
+    log_odds, potential = uniform_plan(scores)
     for _ in range(1000):
         scores = scores.detach().requires_grad_()
-        mask, log_plan, potential = sinkhorn_step(scores, counts, log_plan, potential, valid, epsilon=10.0)
+        mask, log_odds, potential = sinkhorn_step(scores, counts, log_odds, potential, valid, epsilon=10.0)
         (gradient,) = torch.autograd.grad((prices * mask).sum(), scores)
         scores = scores - lr * gradient
     return mask.detach()[0]
@@ -118,7 +142,7 @@ def test_exact_mask_is_where_many_sinkhorn_iterations_lead(epsilon: float) -> No
     torch.manual_seed(0)
     scores = torch.rand(2, 12, dtype=torch.float64)
     valid, counts = all_valid(scores), torch.tensor([3, 8])
-    kernel, potential = (state.double() for state in initial_plan(valid, epsilon=epsilon))
+    kernel, potential = uniform_plan(scores)
     for _ in range(20_000 if epsilon < 0.1 else 2_000):  # the plan stays put: iterations of one problem
         mask, _, potential = sinkhorn_step(scores, counts, kernel, potential, valid, epsilon=epsilon)
     assert torch.allclose(exact_mask(scores, counts, valid, epsilon=epsilon), mask, atol=1e-8)
@@ -143,19 +167,22 @@ def test_exact_mask_has_the_right_gradient() -> None:
     torch.manual_seed(0)
     scores = torch.rand(3, 7, dtype=torch.float64, requires_grad=True)
     valid = torch.arange(7) < torch.tensor([[7], [5], [4]])
-    counts = torch.tensor([2, 4, 1])
-    assert torch.autograd.gradcheck(lambda s: exact_mask(s, counts, valid, epsilon=0.3), (scores,))
+    counts = torch.tensor([2.0, 4.0, 1.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s, k: exact_mask(s, k, valid, epsilon=0.3), (scores, counts))
 
 
 def test_sinkhorn_mask_has_the_right_gradient() -> None:
     torch.manual_seed(0)
     scores = torch.rand(3, 7, dtype=torch.float64, requires_grad=True)
     valid = torch.arange(7) < torch.tensor([[7], [5], [4]])
-    counts = torch.tensor([2, 4, 1])
-    _, log_plan, potential = iterate(scores.detach(), counts, valid, epsilon=0.3, num_steps=2)
-    assert torch.autograd.gradcheck(
-        lambda s: sinkhorn_step(s, counts, log_plan, potential, valid, epsilon=0.3)[0], (scores,)
-    )
+    counts = torch.tensor([2.0, 4.0, 1.0], dtype=torch.float64, requires_grad=True)
+    _, log_odds, potential = iterate(scores.detach(), counts.detach(), valid, epsilon=0.3, num_steps=2)
+    state = log_odds, potential
+    for inner_steps in (1, 3):
+        assert torch.autograd.gradcheck(
+            lambda s, k: sinkhorn_step(s, k, *state, valid, epsilon=0.3, inner_steps=inner_steps)[0],  # noqa: B023
+            (scores, counts),
+        )
 
 
 def test_a_row_that_keeps_everything_is_all_ones_without_gradient() -> None:
@@ -252,10 +279,14 @@ TASK = Task(
 )
 
 
+def half(graph: ChannelGraph) -> dict[ChannelGroup, int]:
+    return {group: group.size // 2 for group in graph.groups}
+
+
 def gated(graph: ChannelGraph, **options: object) -> MaskedNetwork:
     norms = channel_norms(graph, p=2)
-    half = {group: (norms[group], group.size // 2) for group in graph.groups}
-    return MaskedNetwork(copy.deepcopy(graph.model), half, method=Transport(**options))  # type: ignore[arg-type]
+    start = {group: (norms[group], count) for group, count in half(graph).items()}
+    return MaskedNetwork(copy.deepcopy(graph.model), start, method=Transport(**options))  # type: ignore[arg-type]
 
 
 def test_an_open_gate_changes_nothing(graph: ChannelGraph) -> None:
@@ -265,7 +296,7 @@ def test_an_open_gate_changes_nothing(graph: ChannelGraph) -> None:
 
 def test_a_hard_gate_computes_what_the_plan_says(graph: ChannelGraph) -> None:
     network = gated(graph).double().eval()
-    network.mask.copy_(network.kept)
+    network.masks.mask.copy_(network.kept)
     keep = {group: row[: group.size] for group, row in zip(graph.groups, network.kept, strict=True)}
     x = torch.randn(4, 3, 6, 6).double()
     expected = mask(network.gated.network, PruningPlan(keep))(x)
@@ -291,32 +322,160 @@ def test_the_gate_acts_through_batchnorm_and_a_gate_on_the_filter_does_not(graph
     assert on_filter < 1e-3 * on_readers
 
 
+def test_a_gate_on_the_filter_scales_what_makes_the_channel_and_nothing_else(graph: ChannelGraph) -> None:
+    network = gated(graph, gate="filter").gated
+    made = {
+        "stem.weight",
+        "depthwise.weight",
+        "depthwise.bias",
+        "left.weight",
+        "left.bias",
+        "right.weight",
+        "right.bias",
+    }
+    factors = torch.rand(network.valid.shape)
+    weights = network.weights(factors)
+    assert weights.keys() == made
+    for name in ("left.weight", "left.bias"):
+        row = [group.name for group in graph.groups].index("left")
+        original = network.network.get_parameter(name)
+        torch.testing.assert_close(weights[name], original * factors[row, :6].view(-1, *[1] * (original.dim() - 1)))
+
+
+def test_behind_batchnorm_the_filters_gate_never_learns_and_the_readers_does(graph: ChannelGraph) -> None:
+    """The control at work: what the scores of a channel with BatchNorm are told by one batch."""
+    told = {}
+    for gate in ("reads", "filter"):
+        network = gated(graph, gate=gate).double().train()
+        (inputs, targets), *_ = batches(0)
+        loss = nn.functional.cross_entropy(network(inputs.double()), targets)
+        (gradient,) = torch.autograd.grad(loss, network.masks.scaled_scores)
+        told[gate] = gradient[[group.name for group in graph.groups].index("stem")].abs().sum()
+    assert told["filter"] < 1e-2 * told["reads"]  # not 0: BatchNorm adds 1e-5 to the variance
+
+
+def advance(masks: SoftMasks, num_steps: int) -> Tensor:
+    """The mask after so many steps of still scores."""
+    for _ in range(num_steps):
+        mask: Tensor = masks(masks.keep_counts)
+    return mask.detach()
+
+
+def soft_masks(**options: object) -> SoftMasks:
+    torch.manual_seed(0)
+    scores = torch.rand(2, 8)
+    return SoftMasks(scores, torch.tensor([3, 5]), all_valid(scores), epsilon=1.0, **options)  # type: ignore[arg-type]
+
+
+def test_a_plan_advanced_every_third_batch_is_as_hard_after_three_times_as_many() -> None:
+    """With inner steps enough to solve each proximal step, it does not matter in which batch they are spent."""
+    often, seldom = soft_masks(inner_steps=200), soft_masks(inner_steps=200, plan_every=3)
+    assert not torch.allclose(advance(often, 4), advance(seldom, 4), atol=1e-2)
+    assert torch.allclose(often.mask, advance(seldom, 8), atol=1e-4)
+
+
+def test_clipped_log_odds_let_a_channel_come_back_as_fast_after_a_thousand_steps_as_after_two_hundred() -> None:
+    def num_steps_to_return(masks: SoftMasks, num_before: int) -> int:
+        advance(masks, num_before)
+        before = masks.top_k(masks.keep_counts)
+        masks.scaled_scores.data.neg_().add_(1)  # the order of the channels turns round
+        for step in range(10 * num_before):
+            advance(masks, 1)
+            if not (masks.top_k(masks.keep_counts) & before)[0].any():
+                return step
+        raise AssertionError("the channels never came back")
+
+    clipped = [num_steps_to_return(soft_masks(logodds_clip=4.0), num_before) for num_before in (200, 1000)]
+    free = [num_steps_to_return(soft_masks(), num_before) for num_before in (200, 1000)]
+    assert clipped[0] == clipped[1] < free[0]
+    assert free[1] > 4 * free[0]
+
+
+def test_initial_scores_are_what_the_option_says(graph: ChannelGraph) -> None:
+    weight = graph.model.get_parameter("left.weight").detach().flatten(1)
+    expected = {"l2": weight.norm(dim=1), "l1": weight.abs().sum(1), "ones": torch.ones(6)}
+    for option, scores in expected.items():
+        first: list[Record] = []
+        method = Transport(epochs=1, score_init=option, lr=1e-9, score_lr=1e-9)  # type: ignore[arg-type]
+        method(graph, Budget.parse("left=0.5"), replace(TASK, fit=watching(first)))
+        seen = {key.split("/")[2]: value for key, value in first[0].items() if key.startswith("score/left/")}
+        assert seen == pytest.approx({channel: float(scores[int(channel)]) for channel in seen}, rel=1e-4)
+
+
+def watching(records: list[Record]) -> Fit:
+    """A training loop that does nothing but look."""
+
+    def look(
+        model: nn.Module,
+        task: Task,
+        schedule: Schedule,
+        *,
+        stage: str,
+        observe: Callable[[], Record] | None = None,
+    ) -> list[Record]:
+        assert observe
+        records.append(observe())
+        return records
+
+    return look
+
+
+@pytest.mark.parametrize("decay_scores", [True, False])
+def test_weight_decay_falls_on_the_scores_only_if_it_shall(graph: ChannelGraph, decay_scores: bool) -> None:
+    network = gated(graph, weight_decay=0.1, decay_scores=decay_scores, lr=0.01, score_lr=0.01)
+    before = network.masks.scores.detach().clone()
+    loss = network.penalty() + 0.0 * network.masks.scores.sum()
+    assert loss == 0
+    loss.backward()
+    torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1).step()
+    kept = 1 - 0.5 * 0.1 if decay_scores else 1.0
+    torch.testing.assert_close(network.masks.scores.detach(), kept * before)
+
+
+def test_three_channels_of_the_widest_group_can_be_drawn_over_training(graph: ChannelGraph) -> None:
+    network = gated(graph)
+    norms = channel_norms(graph, p=2)[graph.groups[0]]
+    order = norms.argsort(descending=True).tolist()
+    three = [order[0], order[3], order[-1]]  # 4 of 8 are kept
+    records = fit(network, TASK, Schedule(epochs=2), stage="prune", observe=network.measure)
+    row = network.gated.network.get_parameter("stem.weight").detach()
+    depthwise = network.gated.network.get_parameter("depthwise.weight").detach()
+    for channel in three:
+        assert records[-1][f"mask/stem/{channel}"] == network.masks.mask[0, channel]
+        assert records[-1][f"score/stem/{channel}"] == network.masks.scores[0, channel]
+        norm = float(row[channel].abs().sum() + depthwise[channel].abs().sum())
+        assert records[-1][f"norm/stem/{channel}"] == pytest.approx(norm)
+    assert sum("/" in key for key in records[0]) == 9
+
+
 def test_equal_masks_are_ranked_by_their_scores(graph: ChannelGraph) -> None:
     network = gated(graph)
-    for group, norms, kept in zip(graph.groups, channel_norms(graph).values(), network.top_k(), strict=True):
+    for group, norms, kept in zip(
+        graph.groups, channel_norms(graph).values(), network.masks.top_k(network.masks.keep_counts), strict=True
+    ):
         strongest = norms.topk(group.size // 2).indices
         assert kept.nonzero().flatten().tolist() == strongest.sort().values.tolist()
 
 
 def test_padding_is_never_kept_even_where_all_masks_are_zero(graph: ChannelGraph) -> None:
     network = gated(graph)
-    network.mask.zero_()
-    network.scaled_scores.data.neg_()
-    kept = network.top_k()
+    network.masks.mask.zero_()
+    network.masks.scaled_scores.data.neg_()
+    kept = network.masks.top_k(network.masks.keep_counts)
     assert not (kept & ~network.gated.valid).any()
-    assert torch.equal(kept.sum(1), network.keep_counts)
+    assert kept.sum(1).tolist() == network.masks.keep_counts.tolist()
 
 
 def test_flips_count_the_channels_swapped_in_since_the_last_report(graph: ChannelGraph) -> None:
     network = gated(graph)
     assert network.measure()["mask_flips"] == 0
-    network.scaled_scores.data.neg_()  # the weakest half of 8, 6 and 5 channels takes over: 4 + 3 + 2
+    network.masks.scaled_scores.data.neg_()  # the weakest half of 8, 6 and 5 channels takes over: 4 + 3 + 2
     assert [network.measure()["mask_flips"] for _ in range(2)] == [9, 0]
 
 
 def test_a_weight_read_along_two_dims_is_scaled_along_both() -> None:
     index = torch.arange(2)[:, None]
-    groups = [ChannelGroup(f"input{dim}", 2, (Slot("weight", dim, index, read=True),)) for dim in (1, 2)]
+    groups = [ChannelGroup(f"input{dim}", 2, (Slot("weight", dim, 2, index, read=True),)) for dim in (1, 2)]
     scores = {group: (torch.tensor([1.0, 2.0]), 1) for group in groups}
     network = MaskedNetwork(nn.Bilinear(2, 2, 3), scores, method=Transport())
     factors = torch.tensor([[0.5, 2.0], [3.0, 5.0]])
@@ -329,7 +488,7 @@ def test_a_half_precision_network_keeps_its_dtype_and_the_mask_float32(graph: Ch
     network.gated.network.bfloat16()
     output = network(torch.randn(4, 3, 6, 6, dtype=torch.bfloat16))
     assert output.dtype == torch.bfloat16
-    assert network.mask.dtype == torch.float32
+    assert network.masks.mask.dtype == torch.float32
 
 
 def test_only_training_advances_the_mask(graph: ChannelGraph) -> None:
@@ -339,8 +498,8 @@ def test_only_training_advances_the_mask(graph: ChannelGraph) -> None:
     network.eval()(x)
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     network.train()(x)
-    assert not torch.equal(network.log_plan, state["log_plan"])
-    assert torch.allclose(network.mask.sum(1), network.keep_counts.float())
+    assert not torch.equal(network.masks.log_odds, state["masks.log_odds"])
+    assert torch.allclose(network.masks.mask.sum(1), network.masks.keep_counts)
 
 
 def test_a_gated_network_goes_on_from_its_state_dict(graph: ChannelGraph) -> None:
@@ -376,7 +535,7 @@ def test_the_plans_weights_are_the_network_that_was_trained(graph: ChannelGraph)
     network = gated(graph, epsilon=10.0)  # still soft after one epoch, so that folding matters
     fit(network, TASK, Schedule(epochs=1), stage="prune")
     assert network.measure()["mask_hardness"] > 0.05
-    refilled = mask(graph.model, PruningPlan(weights=network.plan().weights)).eval()
+    refilled = mask(graph.model, PruningPlan(weights=network.plan(half(graph)).weights)).eval()
     x = torch.randn(4, 3, 6, 6)
     assert torch.allclose(refilled(x), network(x), atol=1e-6)
 
@@ -425,12 +584,18 @@ def test_impossible_options_are_refused_by_name() -> None:
         Transport(epsilon=0)
     with pytest.raises(UsageError, match="'exakt'; did you mean exact"):
         Transport(solver="exakt")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown gate 'filters'; did you mean filter"):
+        Transport(gate="filters")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="inner_steps must be above 0, got 0"):
+        Transport(inner_steps=0)
+    with pytest.raises(UsageError, match="solver 'exact' has no inner_steps"):
+        Transport(solver="exact", plan_every=2)
 
 
 def test_scores_move_at_their_own_learning_rate_under_a_common_one(graph: ChannelGraph) -> None:
     network = gated(graph, lr=0.01, score_lr=0.1)
-    before = network.scores.detach().clone()
+    before = network.masks.scores.detach().clone()
     gradient = torch.arange(float(before.numel())).view_as(before)
-    (network.scores * gradient).sum().backward()
+    (network.masks.scores * gradient).sum().backward()
     torch.optim.SGD(network.parameters(), lr=0.01).step()
-    torch.testing.assert_close(network.scores.detach(), before - 0.1 * gradient)
+    torch.testing.assert_close(network.masks.scores.detach(), before - 0.1 * gradient)

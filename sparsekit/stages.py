@@ -1,0 +1,75 @@
+"""The stages of one compression, run one after the other: what is trained, evaluated and timed, and what each said."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from sparsekit import training
+from sparsekit.ingredients import build_schedule, follow
+from sparsekit.recipe import Recipe
+from sparsekit.task import Progress, Record, Schedule, Task
+
+
+class Stages:
+    """Runs the stages of one compression and keeps what each said: history, accuracies, seconds."""
+
+    def __init__(self, recipe: Recipe, recipe_hash: str, folder: Path, progress: Progress | None) -> None:
+        self.recipe_hash = recipe_hash
+        self.folder = folder
+        self.progress = progress or (lambda *_: None)
+        self.history: dict[str, list[Record]] = {}
+        self.accuracies: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._recipe = recipe
+
+    def watch(self, task: Task | None) -> Task | None:
+        """The task with a training loop that resumes, reports progress and leaves its history here."""
+        if task is None:
+            return None
+        fit = task.fit
+        if fit is training.fit:
+            fit = partial(training.fit, checkpoint_dir=self.folder, progress=self.progress)
+
+        def recorded(
+            model: nn.Module,
+            task: Task,
+            schedule: Schedule,
+            *,
+            stage: str,
+            observe: Callable[[], Record] | None = None,
+        ) -> list[Record]:
+            schedule = follow(self._recipe, schedule, stage=stage)
+            self.history[stage] = fit(model, task, schedule, stage=stage, observe=observe)
+            return self.history[stage]
+
+        return dataclasses.replace(task, fit=recorded)
+
+    def train(self, network: nn.Module, task: Task | None, stage: Literal["dense", "finetune"]) -> None:
+        """Train in place, where there is a task and something to do."""
+        schedule = build_schedule(self._recipe, stage)
+        if task is None or not schedule.epochs:
+            return
+        with self.timed(stage):
+            task.fit(network, task, schedule, stage=stage)
+
+    def evaluate(self, network: nn.Module, task: Task | None, name: str) -> None:
+        """Accuracy on the held-out data, kept under `name`."""
+        if task is not None:
+            with self.timed(f"evaluate {name}"):
+                self.accuracies[name] = task.evaluate(network)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Announce a step and keep how long it took."""
+        self.progress(step, 0, 0, {})
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
