@@ -510,7 +510,7 @@ class WrittenInParts(Net):
         self.c = nn.Conv2d(12, 9, 1)
 
     def middle(self, x: Tensor) -> Any:
-        pooled = torch.zeros(len(x), x.shape[1], 5, 3)
+        pooled = torch.zeros(len(x), x.shape[1], 5, 3, dtype=x.dtype)
         for part in (torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)):
             pooled[part] = F.adaptive_max_pool2d(x[part], (5, 3))
         return self.c(pooled).relu()

@@ -183,6 +183,18 @@ def test_a_certificate_sees_a_wrong_output_beside_a_right_one(factor: float, oth
     assert not certify(Scaled(factor), PruningPlan(), Scaled(other), (x,)).holds
 
 
+class WritesRows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.zeros(2, 3)  # of the default type, which must be that of x
+        rows[torch.tensor([1, 0])] = x
+        return rows
+
+
+def test_a_forward_that_makes_tensors_of_the_default_type_is_certified() -> None:
+    assert certify(WritesRows(), PruningPlan(), WritesRows(), torch.ones(2, 3)).holds
+    assert torch.get_default_dtype() is torch.float32
+
+
 def test_outputs_without_elements_certify_nothing() -> None:
     network = nn.Flatten()
     certificate = certify(network, PruningPlan(), network, torch.zeros(2, 0))
