@@ -43,6 +43,17 @@ def _epochs(context: click.Context, parameter: click.Parameter, text: str | None
         raise UsageError(f"{parameter.opts[0]} {text!r}: expected epochs like 60,90") from None
 
 
+def _seconds(_: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """ "60s", "5m" or a number of seconds."""
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m") else (text, "s")
+    try:
+        return float(number) * {"s": 1, "m": 60}[unit]
+    except ValueError:
+        raise UsageError(f"{parameter.opts[0]} {text!r}: expected a time like 60s or 5m") from None
+
+
 @click.command()
 @click.option("--model", help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY.")
 @click.option("--weights", help="Trained weights: safetensors or a torch state dict. Without: train first.")
@@ -59,6 +70,10 @@ def _epochs(context: click.Context, parameter: click.Parameter, text: str | None
 @click.option("--budget", help="Like 'macs<=0.5x', 'params<=1.2M', 'keep=0.5 and layer1.*=1'.")
 @click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
 @click.option("--renormalise/--no-renormalise", default=None, help="Also prune channels that LayerNorm runs over.")
+@click.option("--recover", help="Repair without labels: none, bn, lsq or distill, each with those before it.")
+@click.option("--recover-budget", "recover_budget_s", callback=_seconds, help="Time that it may take, like 60s or 5m.")
+@click.option("--calibrate", help="imagefolder:PATH, unlabelled images for it; else the training images, or noise.")
+@click.option("--num-images", type=int, help="How many of them.")
 @click.option("--dense-epochs", type=int, help="Training of the dense network where no weights are given.")
 @click.option("--dense-lr", type=float, help="Its peak learning rate.")
 @click.option("--dense-milestones", callback=_epochs, help="Where it falls by gamma, like 100,150; '' for never.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sparsekit import training
 from sparsekit.errors import DataError, UsageError, nearest
 from sparsekit.factory import load_factory
-from sparsekit.images import ImageData, seeded_generator, stratified_order
+from sparsekit.images import MEAN, STD, ImageData, cached_images, seeded_generator, stratified_order
 from sparsekit.task import Batch, Fit, Task
 
 AUGMENTATIONS = ("shift", "crop", "flip", "trivial", "erase", "mixup", "cutmix")
@@ -73,6 +74,38 @@ def image_task(
         fit=fit,
         name=images.name,
     )
+
+
+def unlabelled_images(
+    spec: str, *, image_size: int, num_images: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Images drawn from a folder and all folders in it, normalised as ImageNet's: float32 [N, 3, S, S].
+
+    Args:
+        spec: `imagefolder:PATH`; names of folders, which may be labels, say nothing here.
+        image_size: S; the shorter side is scaled to it and the centre cut out.
+        num_images: N; all where there are fewer.
+        seed: of the draw.
+        progress: called with (done, total) while images are decoded.
+
+    Raises:
+        UsageError: not `imagefolder:PATH`.
+        DataError: no such folder, no images in it, or one that cannot be decoded.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    kind, _, name = spec.partition(":")
+    folder = Path(name).expanduser()
+    if kind != "imagefolder" or not name:
+        raise UsageError(f"calibrate {spec!r}: expected imagefolder:PATH")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise DataError(f"{folder}: holds no images")
+    drawn = torch.randperm(len(paths), generator=seeded_generator(seed, 0))[:num_images].sort().values
+    pixels = cached_images([paths[n] for n in drawn.tolist()], image_size=image_size, progress=progress)
+    return _scaled(pixels, MEAN, STD)
 
 
 def load_task(spec: str) -> Task:
@@ -159,10 +192,14 @@ def _global_draws_from(generator: torch.Generator) -> Iterator[None]:
 
 
 def _normalize(pixels: Tensor, images: ImageData) -> Tensor:
+    return _scaled(pixels, images.mean, images.std)
+
+
+def _scaled(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     from torchvision.transforms.v2 import functional
 
     scaled = functional.to_dtype(pixels, torch.float32, scale=True)
-    normalized: Tensor = functional.normalize(scaled, list(images.mean), list(images.std), inplace=True)
+    normalized: Tensor = functional.normalize(scaled, list(mean), list(std), inplace=True)
     return normalized
 
 

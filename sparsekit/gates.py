@@ -100,7 +100,7 @@ def _module(slot: Slot) -> str:
 
 
 def _names(network: nn.Module, tensor: Tensor) -> list[str]:
-    """Where `tensor` is found, once per module: functional_call puts back the wrong tensor where two names lead to one."""
+    """Where `tensor` is found, once per module: given two names of it, functional_call puts back the wrong one."""
     return [
         f"{path}.{leaf}".removeprefix(".")
         for path, module in network.named_modules()

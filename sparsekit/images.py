@@ -26,6 +26,7 @@ from sparsekit.errors import DataError, UsageError, nearest
 
 Progress = Callable[[int, int], None]
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for folders of images
 _FOLDER_IMAGE_SIZE = 224
 _CACHE_VERSION = 1  # raise it when decoding changes, or old caches pass for new ones
 # What Pillow raises for a file that is cut short, damaged, no image at all, or suspiciously large.
@@ -93,7 +94,7 @@ def load_images(
     """
     if image_size is not None and image_size < 1:
         raise UsageError(f"image size {image_size}: must be at least 1 pixel")
-    cache_dir = cache_dir or Path(os.environ.get("SPARSEKIT_CACHE") or Path.home() / ".cache" / "sparsekit")
+    cache_dir = cache_dir or default_cache_dir()
     kind, _, folder = name.partition(":")
     if kind == "imagefolder" and folder:
         path = Path(folder).expanduser().resolve()
@@ -104,6 +105,11 @@ def load_images(
         valid = ["digits", *_TORCHVISION, "imagefolder:PATH"]
         raise UsageError(f"data {name!r}: unknown{nearest(name, valid)}")
     return _torchvision(name, data_root or cache_dir / "datasets", download=download)
+
+
+def default_cache_dir() -> Path:
+    """Where decoded images and data sets are kept."""
+    return Path(os.environ.get("SPARSEKIT_CACHE") or Path.home() / ".cache" / "sparsekit")
 
 
 # name -> class in torchvision.datasets, mean, std, flip
@@ -167,7 +173,7 @@ def _image_folder(
         differ = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"{folder}: train and {test_folder.name} differ in the classes {', '.join(differ)}")
     paths = [Path(path) for path, _ in train.samples + test.samples]
-    pixels = _cached_images(paths, cache_dir=cache_dir, image_size=image_size, progress=progress)
+    pixels = cached_images(paths, cache_dir=cache_dir, image_size=image_size, progress=progress)
     return ImageData(
         name,
         pixels[: len(train)],
@@ -175,14 +181,20 @@ def _image_folder(
         pixels[len(train) :],
         torch.tensor(test.targets),
         num_classes=len(train.classes),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=MEAN,
+        std=STD,
     )
 
 
-def _cached_images(
-    paths: Sequence[Path], *, cache_dir: Path, image_size: int | None, progress: Progress | None
+def cached_images(
+    paths: Sequence[Path],
+    *,
+    image_size: int | None,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
+    """The images as uint8 [N, 3, H, W], of one size as `load_images` says; decoded once."""
+    cache_dir = cache_dir or default_cache_dir()
     files = []
     for path in paths:
         try:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.budget import Budget
-from sparsekit.data import image_task, load_task
+from sparsekit.data import image_task, load_task, unlabelled_images
 from sparsekit.errors import UsageError, nearest
 from sparsekit.images import load_images
 from sparsekit.networks import build_network, load_weights
 from sparsekit.pruner import Pruner
 from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
+from sparsekit.recovery import unlabelled
+from sparsekit.recovery.synthesis import synthesise_inputs
 from sparsekit.task import Progress, Schedule, Task
 
 # Keys that mean the same to the recipe and to every method; `gamma` or `momentum`, say, may be others' words too.
@@ -119,6 +121,28 @@ def build(recipe: Recipe, *, progress: Progress | None = None) -> tuple[nn.Modul
     if recipe.weights is not None:
         load_weights(model, Path(recipe.weights))
     return model, task, inputs
+
+
+def recovery_images(
+    recipe: Recipe, model: nn.Module, task: Task | None, inputs: tuple[Tensor, ...], *, progress: Progress | None = None
+) -> Tensor:
+    """What to recover with: the recipe's folder, training images without labels, or made ones.
+
+    Raises:
+        UsageError: neither images nor BatchNorm statistics to make some of.
+        DataError: the folder holds no images.
+    """
+    if recipe.calibrate is not None:
+        return unlabelled_images(
+            recipe.calibrate,
+            image_size=inputs[0].shape[-1],
+            num_images=recipe.num_images,
+            seed=recipe.seed,
+            progress=partial(_decoding, progress) if progress else None,
+        )
+    if task is not None:
+        return unlabelled(task, recipe.num_images)
+    return synthesise_inputs(model, inputs[0], num_images=recipe.num_images, seed=recipe.seed)
 
 
 def _decoding(progress: Progress, done: int, total: int) -> None:

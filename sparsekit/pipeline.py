@@ -24,7 +24,7 @@ from sparsekit.environment import Environment
 from sparsekit.errors import PlanError, UsageError
 from sparsekit.export import OnnxFile, export_onnx
 from sparsekit.graph import ChannelGraph, trace
-from sparsekit.ingredients import build, build_pruner
+from sparsekit.ingredients import build, build_pruner, recovery_images
 from sparsekit.latency import Latency, LatencyComparison, measure_latency, width_warning
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners import UNSTRUCTURED
@@ -43,6 +43,7 @@ def compress(
     task: Task | None,
     *,
     example_inputs: tuple[Tensor, ...] | None = None,
+    images: Tensor | None = None,
     work_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -53,6 +54,7 @@ def compress(
         recipe: budget, method and schedules; its names of model, weights and data only document the run.
         task: data and training loop; None for data-free methods, which are then not fine-tuned either.
         example_inputs: one forward's positional inputs, batch first; the task's unless given.
+        images: [N, ...], unlabelled inputs to recover with; the recipe's unless given.
         work_dir: an existing folder for checkpoints; with it an interrupted run continues where it was.
         progress: called as stages advance.
 
@@ -67,7 +69,7 @@ def compress(
     _check_budget(model, recipe, inputs)
     with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="sparsekit-") as folder:
         stages = Stages(recipe, recipe.fingerprint(), Path(folder), progress)
-        return _compress(copy.deepcopy(model).cpu().eval(), recipe, stages.watch(task), inputs, stages)
+        return _compress(copy.deepcopy(model).cpu().eval(), recipe, stages.watch(task), inputs, stages, images)
 
 
 def run(
@@ -176,7 +178,12 @@ def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...]) 
 
 
 def _compress(
-    dense: nn.Module, recipe: Recipe, task: Task | None, inputs: tuple[Tensor, ...], stages: Stages
+    dense: nn.Module,
+    recipe: Recipe,
+    task: Task | None,
+    inputs: tuple[Tensor, ...],
+    stages: Stages,
+    images: Tensor | None = None,
 ) -> Artifact:
     """`compress` of a network that is ours, with checkpoints and ONNX files in the stages' folder."""
     stages.evaluate(dense, task, "dense")
@@ -189,6 +196,11 @@ def _compress(
         plan = build_pruner(recipe)(graph, absolute(Budget.parse(recipe.budget), dense_graph), task)
     small, after, certificate = _cut(tidied, plan, inputs)
     stages.evaluate(small, task, "pruned")
+    if recipe.recover != "none":
+        if images is None:
+            with stages.timed("images to recover with"):
+                images = recovery_images(recipe, tidied, task, inputs, progress=stages.progress)
+        stages.recover(tidied, small, plan, images, task)
     stages.train(ZerosStay(small, plan.nonzero) if plan.nonzero else small, task, "finetune")
     stages.evaluate(small, task, "compact")
     with stages.timed("export"):

@@ -18,6 +18,7 @@ from sparsekit.errors import DataError, UsageError, nearest
 _CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "precision": ("auto", "32-true", "16-mixed", "bf16-mixed"),
+    "recover": ("none", "bn", "lsq", "distill"),
 }
 
 # The least value of a key, and what it must stay below.
@@ -27,6 +28,8 @@ _RANGES = {
     **dict.fromkeys(("dense_milestones", "milestones", "finetune_milestones"), (1, math.inf)),
     **dict.fromkeys(("image_size", "round_to", "threads"), (1, math.inf)),
     **dict.fromkeys(("limit", "batch_size"), (2, math.inf)),
+    "recover_budget_s": (0, math.inf),
+    "num_images": (8, math.inf),
     **dict.fromkeys(("label_smoothing", "momentum"), (0, 1)),
     "seed": (0, 2**63),
 }
@@ -51,6 +54,12 @@ class Recipe:
         budget: see `Budget.parse`.
         round_to: widths are multiples of this.
         renormalise: also prune channels that LayerNorm and its like run over.
+        recover: repair without labels before fine-tuning: "none", "bn", "lsq" (which begins with bn), "distill" (with
+            lsq).
+        recover_budget_s: seconds that recovery may take; None lets it finish.
+        calibrate: `imagefolder:PATH` of unlabelled images to recover with; None takes the training images or, without
+            data, makes images of the BatchNorms' statistics.
+        num_images: how many.
         dense_epochs: training of the dense network where no weights are given.
         dense_lr: its peak learning rate.
         dense_milestones: epochs after which it is multiplied by `gamma`, none for a constant rate; None is a cosine.
@@ -88,6 +97,10 @@ class Recipe:
     budget: str = "macs<=0.5x"
     round_to: int = 1
     renormalise: bool = False
+    recover: str = "none"
+    recover_budget_s: float | None = None
+    calibrate: str | None = None
+    num_images: int = 512
     dense_epochs: int = 12
     dense_lr: float = 0.1
     dense_milestones: tuple[int, ...] | None = None

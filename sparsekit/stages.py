@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit import training
 from sparsekit.ingredients import build_schedule, follow
+from sparsekit.plan import PruningPlan
 from sparsekit.recipe import Recipe
+from sparsekit.recovery import RECOVERIES, recover
 from sparsekit.task import Progress, Record, Schedule, Task
 
 
@@ -59,6 +62,21 @@ class Stages:
             return
         with self.timed(stage):
             task.fit(network, task, schedule, stage=stage)
+
+    def recover(self, dense: nn.Module, small: nn.Module, plan: PruningPlan, images: Tensor, task: Task | None) -> None:
+        """Repair `small` in place without labels; how accurate each step leaves it is looked at, not chosen by."""
+        with self.timed("recover"):
+            recover(
+                dense,
+                small,
+                plan,
+                images,
+                steps=RECOVERIES[self._recipe.recover],
+                budget_s=math.inf if self._recipe.recover_budget_s is None else self._recipe.recover_budget_s,
+                observe=lambda step: self.evaluate(small, task, f"after {step}"),
+                progress=self.progress,
+                seed=self._recipe.seed,
+            )
 
     def evaluate(self, network: nn.Module, task: Task | None, name: str) -> None:
         """Accuracy on the held-out data, kept under `name`."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparsekit.data import AUGMENTATIONS, image_task, load_task
+from sparsekit.data import AUGMENTATIONS, image_task, load_task, unlabelled_images
 from sparsekit.errors import DataError, UsageError
 from sparsekit.factory import load_factory
 from sparsekit.images import ImageData, load_images
@@ -556,3 +556,30 @@ def test_a_wrong_file_or_factory_is_named(
     Path("needy.py").write_text("import no_such_module")
     with pytest.raises(DataError, match=message):
         load_task(spec)
+
+
+def test_unlabelled_images_are_drawn_from_all_folders_and_normalised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "images")
+    spec = f"imagefolder:{folder}"
+    all_images = unlabelled_images(spec, image_size=8, num_images=100)
+    assert all_images.shape == (12, 3, 8, 8)  # train and test, ant and bee
+    some = unlabelled_images(spec, image_size=8, num_images=5)
+    assert torch.equal(some, unlabelled_images(spec, image_size=8, num_images=5))
+    assert not torch.equal(some, unlabelled_images(spec, image_size=8, num_images=5, seed=1))
+    assert all(any(torch.equal(image, other) for other in all_images) for image in some)
+    labelled = load_images(spec, image_size=8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (labelled.mean, labelled.std))
+    expected = (labelled.train_images / 255 - mean) / std
+    assert all(any(torch.allclose(image, other, atol=1e-5) for other in all_images) for image in expected)
+
+
+def test_what_is_no_folder_of_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="calibrate 'cifar10': expected imagefolder:PATH"):
+        unlabelled_images("cifar10", image_size=8, num_images=5)
+    with pytest.raises(DataError, match="missing: no such folder"):
+        unlabelled_images(f"imagefolder:{tmp_path}/missing", image_size=8, num_images=5)
+    with pytest.raises(DataError, match="holds no images"):
+        unlabelled_images(f"imagefolder:{tmp_path}", image_size=8, num_images=5)

@@ -395,3 +395,30 @@ def test_decoding_a_folder_of_images_reports_its_progress(tmp_path: Path, monkey
 def test_a_task_file_that_returns_no_task_is_named() -> None:
     with pytest.raises(DataError, match=r"tiny.py:network: expected the factory to return a sparsekit.Task, got Net"):
         build_task(dataclasses.replace(QUICK, data=QUICK.model))
+
+
+def test_recovery_repairs_before_fine_tuning_and_reports_accuracy_after_each_step() -> None:
+    recipe = dataclasses.replace(QUICK, method="magnitude", recover="lsq", num_images=32, epochs=0)
+    report = compress(network(), recipe, tiny.task()).report
+    assert [*report.accuracies] == ["dense", "pruned", "after bn", "after bias", "after lsq", "compact"]
+    assert report.accuracies["compact"] == report.accuracies["after lsq"]  # nothing else moved it
+    assert report.seconds["recover"] > 0
+
+
+def test_recovery_without_data_makes_its_images() -> None:
+    plain, repaired = (
+        compress(network(), dataclasses.replace(DATA_FREE, recover=name, num_images=16), None, example_inputs=INPUTS)
+        for name in ("none", "lsq")
+    )
+    states = [artifact.model.state_dict() for artifact in (plain, repaired)]
+    assert states[0].keys() == states[1].keys()
+    assert not torch.equal(states[0]["conv2.weight"], states[1]["conv2.weight"])
+    assert all(torch.equal(mask, repaired.plan.keep[group]) for group, mask in repaired.plan.keep.items())
+
+
+def test_images_given_are_those_recovered_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr("sparsekit.stages.recover", lambda dense, small, plan, images, **_: seen.append(images))
+    images = torch.randn(16, 1, 8, 8)
+    compress(network(), dataclasses.replace(DATA_FREE, recover="bn"), None, example_inputs=INPUTS, images=images)
+    assert seen == [images]

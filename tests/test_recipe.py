@@ -15,6 +15,7 @@ from sparsekit import training
 from sparsekit.errors import DataError, UsageError
 from sparsekit.ingredients import build_schedule, follow
 from sparsekit.recipe import _CHOICES, Recipe
+from sparsekit.recovery import RECOVERIES
 from sparsekit.stages import Stages
 from sparsekit.task import Record, Schedule, Task
 from tests import tiny
@@ -51,6 +52,10 @@ OTHER = Recipe(
     label_smoothing=0.1,
     precision="32-true",
     threads=2,
+    recover="lsq",
+    recover_budget_s=60.0,
+    calibrate="imagefolder:images",
+    num_images=64,
     seed=7,
 )
 
@@ -164,9 +169,13 @@ def test_a_mapping_over_the_defaults_is_a_recipe(values: dict[str, Any]) -> None
     assert recipe == Recipe(**values | ({"data": None} if "data" in values else {}))
 
 
-@pytest.mark.parametrize("key", _CHOICES)
+@pytest.mark.parametrize("key", ["optimizer", "precision"])
 def test_the_choices_are_those_that_training_knows(key: str) -> None:
     assert list(_CHOICES[key]) == training._CHOICES[key]
+
+
+def test_the_recoveries_are_those_there_are() -> None:
+    assert _CHOICES["recover"] == tuple(RECOVERIES)
 
 
 # What a recipe says of training

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from sparsekit.pruner import Pruner
 from sparsekit.pruners.chipnet import ChipNet
+from sparsekit.pruners.column_subset import ColumnSubset
 from sparsekit.pruners.fisher import Fisher
 from sparsekit.pruners.fpgm import FPGM
 from sparsekit.pruners.gmp import GMP
@@ -31,6 +32,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "fisher": Fisher,
     "group_norm": GroupNorm,
     "hrank": HRank,
+    "column_subset": ColumnSubset,
     "taylor": Taylor,
     "sfp": SoftFilter,
     "network_slimming": NetworkSlimming,

@@ -1,0 +1,165 @@
+"""Column-subset selection: keep the channels from which the others can best be rebuilt, where they are read.
+
+With X [R, C] what a group's channels are at R positions of some images, and W what its readers make of them, keeping
+the set S and rebuilding the rest from it by least squares leaves |(X - X_S A) W|^2. From all channels on, the one whose
+loss increases this least is dropped, until the budget's number is left. With M = X^T X / R, H = M^-1 and E = W W^T,
+dropping channel c costs E_cc / H_cc; then the others take over (W += ..., here in E) and H loses c. The map A goes into
+the plan's `merge`, so that the compact network is repaired as soon as it is cut.
+
+M is uncentred, for `merge` has no constant; where several layers read a group both M and E are theirs together, and
+positions of kernels and of flattened maps count as independent.
+
+Needs task.batches; labels are not looked at.
+
+Sources: Hassibi, Stork 1992, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 5, for the
+elimination; Boutsidis, Mahoney, Drineas 2009, "An improved approximation algorithm for the column subset selection
+problem", arXiv:0812.4293, for the problem.
+"""
+
+# R rows (images x positions), C channels, K of them kept, D what each of them is multiplied with
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from sparsekit.baking import bake_all
+from sparsekit.budget import Budget
+from sparsekit.errors import UsageError
+from sparsekit.graph import ChannelGraph
+from sparsekit.plan import ChannelGroup, PruningPlan, Slot
+from sparsekit.recovery import unlabelled
+from sparsekit.selection import allocate
+from sparsekit.surgery import copied
+from sparsekit.task import Task
+
+_BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class ColumnSubset:
+    """One-shot, per group.
+
+    Attributes:
+        num_images: images to look at, at most one epoch.
+        ridge: added to M, relative to its mean diagonal.
+        repair: put the least-squares map into the plan's `merge`.
+        round_to: widths are multiples of this.
+    """
+
+    num_images: int = 512
+    ridge: float = 1e-3
+    repair: bool = True
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1 or self.ridge <= 0:
+            raise UsageError(
+                f"column_subset: num_images must be at least 1 and ridge above 0, got {self.num_images}, {self.ridge:g}"
+            )
+
+    def __call__(self, graph: ChannelGraph, budget: Budget, task: Task | None) -> PruningPlan:
+        """The plan that meets `budget`.
+
+        Raises:
+            UsageError: no task; activations need data. Or channels that no layer reads as its own input.
+            BudgetError: the budget lies below what the network can reach.
+        """
+        if task is None:
+            raise UsageError("column_subset: looks at activations and needs data; without data choose magnitude")
+        counts = allocate(graph, budget, round_to=self.round_to)
+        pruned = [group for group, count in counts.items() if count < group.size]
+        if not pruned:
+            return PruningPlan()
+        keep, merge = {}, {}
+        for group, (moment_CC, metric_CC) in _moments(graph, pruned, unlabelled(task, self.num_images)).items():
+            damping = self.ridge * moment_CC.diagonal().mean().clamp(min=1e-12)
+            damped_CC = moment_CC + damping * torch.eye(group.size, dtype=torch.float64)
+            keep[group] = best_subset(damped_CC, metric_CC, counts[group])
+            merge[group] = rebuilding(damped_CC, keep[group]).float()
+        return PruningPlan(keep, merge if self.repair else {})
+
+
+def best_subset(moment_CC: Tensor, metric_CC: Tensor, count: int) -> Tensor:
+    """Which `count` channels rebuild the others best, by greedy elimination: bool [C].
+
+    Args:
+        moment_CC: second moments of the channels, positive definite, float64.
+        metric_CC: what errors in them cost their readers, positive semi-definite.
+        count: channels to keep, at least 1.
+
+    >>> x = torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, 1, 2.001], [1, 0, 1]], dtype=torch.float64)
+    >>> best_subset(x.T @ x + 1e-9 * torch.eye(3), torch.diag(torch.tensor([1.0, 9, 1])).double(), 2).tolist()
+    [False, True, True]
+    """
+    inverse_CC, metric_CC = torch.linalg.inv(moment_CC), metric_CC.clone()
+    keep = torch.ones(len(moment_CC), dtype=torch.bool)
+    for _ in range(len(keep) - count):
+        losses_C = metric_CC.diagonal() / inverse_CC.diagonal()
+        losses_C[~keep] = torch.inf
+        gone = int(losses_C.argmin())
+        # W becomes (I - u e^T) W: the others take over what channel `gone` did, which then has none
+        taken_C = inverse_CC[:, gone] / inverse_CC[gone, gone]
+        metric_CC = metric_CC - taken_C[:, None] * metric_CC[gone]
+        metric_CC = metric_CC - metric_CC[:, gone, None] * taken_C
+        inverse_CC = inverse_CC - taken_C[:, None] * inverse_CC[gone]
+        keep[gone] = False
+        inverse_CC[gone, gone] = 1.0  # was 0; its loss is infinite already
+    return keep
+
+
+def rebuilding(moment_CC: Tensor, keep: Tensor) -> Tensor:
+    """How each channel is best rebuilt from those kept: [C, K], the identity on them.
+
+    >>> rebuilding(torch.tensor([[2.0, 1.0], [1.0, 1.0]]), torch.tensor([True, False])).tolist()
+    [[1.0], [0.5]]
+    """
+    merge_CK: Tensor = torch.linalg.solve(moment_CC[keep][:, keep], moment_CC[keep]).T.contiguous()
+    merge_CK[keep] = torch.eye(int(keep.sum()), dtype=merge_CK.dtype)
+    return merge_CK
+
+
+def _moments(
+    graph: ChannelGraph, groups: list[ChannelGroup], images: Tensor
+) -> dict[ChannelGroup, tuple[Tensor, Tensor]]:
+    """M and E of each group, float64 [C, C] on the CPU.
+
+    Raises:
+        UsageError: a group that no convolution or linear layer reads.
+    """
+    network = bake_all(copied(graph.model)).eval()
+    moments: dict[ChannelGroup, list[Tensor]] = {group: [] for group in groups}
+    metrics = {group: torch.zeros(group.size, group.size, dtype=torch.float64) for group in groups}
+    for group in groups:
+        for slot in group.slots:
+            reader = network.get_submodule(slot.tensor.rpartition(".")[0])
+            if slot.read and isinstance(reader, nn.Linear | _ConvNd):
+                weight_CD = reader.get_parameter("weight").detach().double().movedim(slot.dim, 0)[slot.index].flatten(1)
+                metrics[group] += (weight_CD @ weight_CD.T).cpu()
+                reader.register_forward_pre_hook(_gatherer(slot, moments[group]))
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        for batch in images.split(_BATCH_SIZE):
+            network(batch.to(device))
+    for group, found in moments.items():
+        if not found:
+            advice = f"keep it whole with '{group.name}=1' in the budget, or choose another method"
+            raise UsageError(f"column_subset: no layer that runs reads group {group.name!r}; {advice}")
+    return {group: (torch.stack(found).mean(0), metrics[group]) for group, found in moments.items()}
+
+
+def _gatherer(slot: Slot, found: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A forward pre-hook for who reads at `slot`: adds the second moments [C, C] of what it is given to `found`."""
+
+    def gather(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        channels_first = inputs[0].movedim(1 if isinstance(layer, _ConvNd) else -1, 0)
+        # Where a convolution has conv groups, a position along its weight is read once in each of them.
+        runs = torch.arange(0, len(channels_first), slot.size)
+        index_CK = (slot.index[:, :, None] + runs).flatten(1)
+        rows_CR = channels_first[index_CK.to(channels_first.device)].flatten(1).double()
+        found.append((rows_CR @ rows_CR.T / rows_CR.shape[1]).cpu())
+
+    return gather
