@@ -40,7 +40,7 @@ def distill(
     num_epochs: float = 40,
     budget_s: float = math.inf,
     batch_size: int = 64,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     feature_weight: float = 10.0,
     seed: int = 0,
     go_on: GoOn = lambda done, total: True,
@@ -56,7 +56,8 @@ def distill(
         num_epochs: passes over the images, at most; infinite where only the budget counts.
         budget_s: seconds after which to stop.
         batch_size: images per step.
-        lr: of AdamW at the start, on a cosine.
+        lr: of AdamW at the start, on a cosine. A network that least squares have repaired is easily thrown off: on a
+            halved ResNet-56, six epochs at 3e-4 gained 0.9 points, at 1e-3 they lost as much.
         feature_weight: of the blocks' outputs beside the divergence; blocks are the modules with submodules of their
             own whose output has the same shape in both networks.
         seed: of order and augmentation.
