@@ -62,6 +62,7 @@ def _seconds(_: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.option("--data-root", help="Where torchvision's data sets lie.")
 @click.option("--download/--no-download", default=None, help="May data sets be downloaded.")
 @click.option("--image-size", type=int, help="Side of the input image in pixels.")
+@click.option("--crop-pct", type=float, help="Share of a test image's shorter side that its centre cut leaves.")
 @click.option("--limit", type=int, help="Train on this many images only.")
 @click.option("--batch-size", type=int, help="Images per training batch.")
 @click.option("--augment", callback=_words, help="Any of shift,crop,flip,trivial,erase,mixup,cutmix; '' for none.")

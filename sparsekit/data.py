@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sparsekit import training
 from sparsekit.errors import DataError, UsageError, nearest
 from sparsekit.factory import load_factory
-from sparsekit.images import MEAN, STD, ImageData, cached_images, seeded_generator, stratified_order
+from sparsekit.image_cache import Progress, cached_images
+from sparsekit.images import MEAN, STD, ImageData, seeded_generator, stratified_order
 from sparsekit.task import Batch, Fit, Task
 
 AUGMENTATIONS = ("shift", "crop", "flip", "trivial", "erase", "mixup", "cutmix")
@@ -77,13 +78,20 @@ def image_task(
 
 
 def unlabelled_images(
-    spec: str, *, image_size: int, num_images: int, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    spec: str,
+    *,
+    image_size: int,
+    crop_pct: float = 1.0,
+    num_images: int,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Images drawn from a folder and all folders in it, normalised as ImageNet's: float32 [N, 3, S, S].
 
     Args:
         spec: `imagefolder:PATH`; names of folders, which may be labels, say nothing here.
-        image_size: S; the shorter side is scaled to it and the centre cut out.
+        image_size: S; the shorter side is scaled to S / `crop_pct` and the centre cut out.
+        crop_pct: in (0, 1].
         num_images: N; all where there are fewer.
         seed: of the draw.
         progress: called with (done, total) while images are decoded.
@@ -104,7 +112,8 @@ def unlabelled_images(
     if not paths:
         raise DataError(f"{folder}: holds no images")
     drawn = torch.randperm(len(paths), generator=seeded_generator(seed, 0))[:num_images].sort().values
-    pixels = cached_images([paths[n] for n in drawn.tolist()], image_size=image_size, progress=progress)
+    chosen = [paths[number] for number in drawn.tolist()]
+    pixels = cached_images(chosen, image_size=image_size, crop_pct=crop_pct, progress=progress)
     return _scaled(pixels, MEAN, STD)
 
 

@@ -1,41 +1,26 @@
-"""Data sets and folders of images: decoded once, kept as uint8."""
+"""Data sets and folders of images, kept as uint8."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsekit.errors import DataError, UsageError, nearest
+from sparsekit.image_cache import Progress, cached_images, default_cache_dir
 
 # torchvision and scikit-learn are imported where they are used: together they cost seconds of start-up.
 
-Progress = Callable[[int, int], None]
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for folders of images
-_FOLDER_IMAGE_SIZE = 224
-_CACHE_VERSION = 1  # raise it when decoding changes, or old caches pass for new ones
-# What Pillow raises for a file that is cut short, damaged, no image at all, or suspiciously large.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A labelled image data set in memory.
+    """A labelled image data set. The images may be read-only maps of files larger than the memory: index, don't write.
 
     Attributes:
         name: what the user called it.
@@ -67,14 +52,15 @@ def load_images(
     download: bool = True,
     cache_dir: Path | None = None,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ImageData:
     """The data set `digits`, `fashion-mnist`, `cifar10`, `cifar100` or the folder `imagefolder:PATH`.
 
     A folder holds `train/<class>/*` and `test/<class>/*` (or `val/`). Images of one size keep it; otherwise
-    the shorter side is scaled to `image_size` (224 unless given) and the centre cut out. Decoded images are
-    cached; without a writable cache every load decodes them again.
+    the shorter side is scaled to `image_size` (224 unless given) and the centre cut out, see `cached_images`. Decoded
+    images are cached on disk; without a writable cache every load decodes them again, into memory.
 
     Args:
         name: as above.
@@ -82,11 +68,13 @@ def load_images(
         download: fetch what `data_root` lacks.
         cache_dir: by default `$SPARSEKIT_CACHE`, else `~/.cache/sparsekit`.
         image_size: pixels; folders only.
+        crop_pct: in (0, 1]; the share of the shorter side that the cut leaves of a test image, which is scaled up
+            accordingly; folders only. Training images stay whole: random crops are for them.
         seed: of the split of `digits`, which has no test half of its own.
         progress: called with (done, total) images while a folder is decoded.
 
     Raises:
-        UsageError: an unknown name, an `image_size` below 1.
+        UsageError: an unknown name, an `image_size` below 1, a `crop_pct` out of its range.
         DataError: data that is missing, damaged or cannot be downloaded.
 
     >>> load_images("digits").train_images.shape
@@ -94,22 +82,21 @@ def load_images(
     """
     if image_size is not None and image_size < 1:
         raise UsageError(f"image size {image_size}: must be at least 1 pixel")
+    if not 0 < crop_pct <= 1:
+        raise UsageError(f"crop_pct {crop_pct:g}: must be in (0, 1]")
     cache_dir = cache_dir or default_cache_dir()
     kind, _, folder = name.partition(":")
     if kind == "imagefolder" and folder:
         path = Path(folder).expanduser().resolve()
-        return _image_folder(name, path, cache_dir=cache_dir, image_size=image_size, progress=progress)
+        return _image_folder(
+            name, path, cache_dir=cache_dir, image_size=image_size, crop_pct=crop_pct, progress=progress
+        )
     if name == "digits":
         return _digits(seed)
     if name not in _TORCHVISION:
         valid = ["digits", *_TORCHVISION, "imagefolder:PATH"]
         raise UsageError(f"data {name!r}: unknown{nearest(name, valid)}")
     return _torchvision(name, data_root or cache_dir / "datasets", download=download)
-
-
-def default_cache_dir() -> Path:
-    """Where decoded images and data sets are kept."""
-    return Path(os.environ.get("SPARSEKIT_CACHE") or Path.home() / ".cache" / "sparsekit")
 
 
 # name -> class in torchvision.datasets, mean, std, flip
@@ -155,7 +142,13 @@ def _channels_first(pixels: Tensor) -> Tensor:
 
 
 def _image_folder(
-    name: str, folder: Path, *, cache_dir: Path, image_size: int | None, progress: Progress | None
+    name: str,
+    folder: Path,
+    *,
+    cache_dir: Path,
+    image_size: int | None,
+    crop_pct: float,
+    progress: Progress | None,
 ) -> ImageData:
     from torchvision.datasets import ImageFolder
 
@@ -172,13 +165,24 @@ def _image_folder(
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"{folder}: train and {test_folder.name} differ in the classes {', '.join(differ)}")
-    paths = [Path(path) for path, _ in train.samples + test.samples]
-    pixels = cached_images(paths, cache_dir=cache_dir, image_size=image_size, progress=progress)
+    pixels = [
+        cached_images(
+            [Path(path) for path, _ in half.samples],
+            image_size=image_size,
+            crop_pct=share,
+            cache_dir=cache_dir,
+            progress=_counted(progress, before, len(train) + len(test)),
+        )
+        for half, share, before in ((train, 1.0, 0), (test, crop_pct, len(train)))
+    ]
+    if pixels[0].shape[1:] != pixels[1].shape[1:]:
+        sizes = (f"{images.shape[3]}x{images.shape[2]}" for images in pixels)
+        raise DataError(f"{folder}: images are {' to train and '.join(sizes)} to test; give one image size")
     return ImageData(
         name,
-        pixels[: len(train)],
+        pixels[0],
         torch.tensor(train.targets),
-        pixels[len(train) :],
+        pixels[1],
         torch.tensor(test.targets),
         num_classes=len(train.classes),
         mean=MEAN,
@@ -186,93 +190,9 @@ def _image_folder(
     )
 
 
-def cached_images(
-    paths: Sequence[Path],
-    *,
-    image_size: int | None,
-    cache_dir: Path | None = None,
-    progress: Progress | None = None,
-) -> Tensor:
-    """The images as uint8 [N, 3, H, W], of one size as `load_images` says; decoded once."""
-    cache_dir = cache_dir or default_cache_dir()
-    files = []
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        files.append((str(path), stat.st_size, stat.st_mtime_ns))
-    key = hashlib.sha256(json.dumps([_CACHE_VERSION, image_size, files]).encode()).hexdigest()[:32]
-    cache = cache_dir / f"images-{key}.safetensors"
-    images = _read_cache(cache)
-    if images is None:
-        images = _decode(paths, image_size, progress=progress)
-        _write_cache(cache, images)
-    return images
-
-
-def _read_cache(path: Path) -> Tensor | None:
-    """None where there is no file, or one that is not what `_write_cache` wrote."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            images: Tensor = file.get_tensor("images")
-            checksum = (file.metadata() or {}).get("checksum")
-    except (OSError, SafetensorError):
-        return None
-    return images if checksum == _checksum(images) else None
-
-
-def _write_cache(path: Path, images: Tensor) -> None:
-    # A cache is a convenience: a full or read-only disk must not stop the run.
-    with suppress(OSError, SafetensorError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            save_file({"images": images}, part, metadata={"checksum": _checksum(images)})
-            part.replace(path)
-
-
-def _checksum(images: Tensor) -> str:
-    header = f"{images.dtype} {list(images.shape)}"
-    return f"{header} {zlib.crc32(images.numpy().data, zlib.crc32(header.encode()))}"
-
-
-def _decode(paths: Sequence[Path], image_size: int | None, *, progress: Progress | None) -> Tensor:
-    """uint8 [N, 3, H, W]; Pillow decodes outside the interpreter lock, so threads help."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if image_size is None:
-            sizes = set(pool.map(_image_size, paths))
-            width, height = sizes.pop() if len(sizes) == 1 else (_FOLDER_IMAGE_SIZE, _FOLDER_IMAGE_SIZE)
-        else:
-            width = height = image_size
-        images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
-        rows = images.numpy()
-
-        def decode(row: int) -> None:
-            with _opened(paths[row]) as image:
-                rgb = image.convert("RGB")
-                if rgb.size != (width, height):
-                    rgb = ImageOps.fit(rgb, (width, height), Image.Resampling.BILINEAR)
-                rows[row] = np.asarray(rgb).transpose(2, 0, 1)
-
-        for done, _ in enumerate(pool.map(decode, range(len(paths))), start=1):
-            if progress:
-                progress(done, len(paths))
-    return images
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    with _opened(path) as image:
-        return image.size
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except _DECODE_ERRORS as error:
-        raise DataError(f"{path}: cannot be decoded as an image: {error}") from error
+def _counted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of a part, counted behind `before` others."""
+    return progress and (lambda done, _: progress(before + done, total))
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from sparsekit.data import image_task, load_task, unlabelled_images
 from sparsekit.errors import UsageError, nearest
 from sparsekit.images import load_images
 from sparsekit.networks import build_network, load_weights
-from sparsekit.pruner import Pruner
+from sparsekit.pruner import Pruner, ScheduleOptions
 from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
 from sparsekit.recovery import unlabelled
@@ -31,7 +31,8 @@ def build_pruner(recipe: Recipe) -> Pruner:
     """The recipe's method, its options set; those in `_SHARED` come from the recipe's keys of the same name.
 
     Raises:
-        UsageError: an unknown method or option, or an option of the wrong type.
+        UsageError: an unknown method or option, an option of the wrong type, or an optimizer other than the only one
+            that the method's own rates hold for.
     """
     if recipe.method not in PRUNERS:
         raise UsageError(f"method {recipe.method!r}: unknown{nearest(recipe.method, list(PRUNERS))}")
@@ -47,7 +48,14 @@ def build_pruner(recipe: Recipe) -> Pruner:
         right = isinstance(value, (float, int) if kind is float else kind)
         if not right or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{recipe.method}: option {name} must be {kind.__name__}, got {value!r}")
-    return factory(**{name: getattr(recipe, name) for name in shared} | dict(recipe.options))
+    pruner = factory(**{name: getattr(recipe, name) for name in shared} | dict(recipe.options))
+    only = pruner.only_optimizer if isinstance(pruner, ScheduleOptions) else None
+    if only and recipe.optimizer not in (None, only):
+        raise UsageError(
+            f"{recipe.method}: optimizer {recipe.optimizer!r} would train the method's own parameters at wrong rates; "
+            f"choose {only!r}, or none"
+        )
+    return pruner
 
 
 def build_schedule(recipe: Recipe, stage: Literal["dense", "finetune"]) -> Schedule:
@@ -96,6 +104,7 @@ def build_task(recipe: Recipe, *, progress: Progress | None = None) -> tuple[Tas
         data_root=Path(recipe.data_root) if recipe.data_root else None,
         download=recipe.download,
         image_size=recipe.image_size,
+        crop_pct=recipe.crop_pct,
         seed=recipe.seed,
         progress=partial(_decoding, progress) if progress else None,
     )
@@ -136,6 +145,7 @@ def recovery_images(
         return unlabelled_images(
             recipe.calibrate,
             image_size=inputs[0].shape[-1],
+            crop_pct=recipe.crop_pct,
             num_images=recipe.num_images,
             seed=recipe.seed,
             progress=partial(_decoding, progress) if progress else None,

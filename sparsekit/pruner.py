@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,15 +95,17 @@ def squared_gradients(network: nn.Module, valid_GC: Tensor, task: Task, batches:
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class ScheduleOptions:
     """Options of every method that trains; the recipe's keys of these names set them.
 
     Attributes:
+        only_optimizer: the one that a method's own rates hold for, where it depends; the recipe may name no other.
         epochs: length of the training.
         lr: peak learning rate of the weights, > 0.
         seed: of everything drawn.
-        round_to: widths are multiples of this, or a group's full size.
     """
+
+    only_optimizer: ClassVar[str | None] = None
 
     epochs: int = 10
     lr: float = 0.01
@@ -111,7 +113,6 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     precision: str = "auto"
     seed: int = 0
-    round_to: int = 1
 
     def schedule(self) -> Schedule:
         """SGD with a cosine over all epochs."""
@@ -123,6 +124,17 @@ class TrainingOptions:
             precision=self.precision,
             seed=self.seed,
         )
+
+
+@dataclass(frozen=True)
+class TrainingOptions(ScheduleOptions):
+    """Options of every method that trains and removes channels.
+
+    Attributes:
+        round_to: widths are multiples of this, or a group's full size.
+    """
+
+    round_to: int = 1
 
 
 def require_positive(method: str, options: object, *names: str) -> None:

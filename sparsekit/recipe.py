@@ -46,6 +46,8 @@ class Recipe:
         data_root: where torchvision's data sets lie; None is the cache.
         download: may data sets be downloaded.
         image_size: side in pixels; None keeps the data's own (224 without data).
+        crop_pct: in (0, 1]; of test images, and those to recover with, the shorter side is scaled to
+            image_size / crop_pct before the centre is cut out; folders only.
         limit: train on this many images, the same share of each class; None takes all.
         batch_size: images per training batch.
         augment: what is done to training images, see `image_task`.
@@ -89,6 +91,7 @@ class Recipe:
     data_root: str | None = None
     download: bool = True
     image_size: int | None = None
+    crop_pct: float = 1.0
     limit: int | None = None
     batch_size: int = 128
     augment: tuple[str, ...] = ("shift", "flip")
@@ -127,6 +130,8 @@ class Recipe:
             for number in numbers:
                 if not least <= number < end:
                     raise UsageError(f"{key} must be in [{least}, {end}), got {number}")
+        if not 0 < self.crop_pct <= 1:
+            raise UsageError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
         for key, choices in _CHOICES.items():
             value = getattr(self, key)
             if value is not None and value not in choices:

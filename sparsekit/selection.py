@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekit.budget import Budget, Metric
@@ -91,23 +92,70 @@ def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(at(middle, free)) else (low, middle)
-    counts = _fill(at(low, free), np.array(sizes), low, round_to, free, fits)
+    counts = _fill(at(low, free), costs.dense, np.full(len(sizes), low), round_to, free, fits)
     return dict(zip(graph.groups, counts.tolist(), strict=True))
+
+
+def whole_counts(
+    ratios: Mapping[ChannelGroup, float],
+    graph: ChannelGraph,
+    budget: Budget,
+    counts: Mapping[ChannelGroup, int],
+    *,
+    round_to: int = 1,
+) -> dict[ChannelGroup, int]:
+    """Counts that meet `budget` with no room for one more, as near as they can be to learned keep ratios.
+
+    The ratios move together, by one shift of their log-odds, to where their whole parts just fit; then the groups
+    are filled up one step at a time, largest shortfall first, until nothing more fits: at the end the cheap ones.
+
+    Args:
+        ratios: learned, in (0, 1); of the groups that may move.
+        graph: what is cut.
+        budget: its limits must be met.
+        counts: of every group; those that may not move keep theirs, and all together they meet the budget.
+        round_to: counts are multiples of this, or a group's full size.
+    """
+    costs = Costs(graph)
+    limits = [(limit.metric, limit.resolve(costs(limit.metric, costs.dense))) for limit in budget.limits]
+    start, sizes = costs.counts(counts), costs.dense
+    free = [number for number, group in enumerate(graph.groups) if group in ratios]
+    learned = np.clip([ratios.get(group, 0.5) for group in graph.groups], 1e-6, 1 - 1e-6)
+
+    def moved(shift: float) -> NDArray[np.float64]:
+        odds: NDArray[np.float64] = learned / (1 - learned) * math.exp(shift)
+        return odds / (1 + odds)
+
+    def at(shift: float) -> Counts:
+        whole_steps = np.floor(sizes * moved(shift) / round_to + 1e-9).astype(np.int64) * round_to
+        tried = start.copy()
+        tried[free] = np.clip(whole_steps, np.minimum(round_to, sizes), sizes)[free]
+        return tried
+
+    def fits(counts: Counts) -> bool:
+        return all(costs(metric, counts) <= limit for metric, limit in limits)
+
+    low, high = -50.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
+    filled = _fill(at(low), sizes, moved(low), round_to, free, fits)
+    return dict(zip(graph.groups, filled.tolist(), strict=True))
 
 
 def _fill(
     counts: Counts,
     sizes: Counts,
-    ratio: float,
+    ratios: NDArray[np.float64],
     round_to: int,
     free: list[int],
     fits: Callable[[Counts], bool],
 ) -> Counts:
-    """Add steps of `round_to` channels while one still fits, the group furthest below its share first."""
+    """Add steps of `round_to` channels while one still fits, the group furthest below its ratio first."""
     counts = counts.copy()
     open_groups = {number for number in free if counts[number] < sizes[number]}
     while open_groups:
-        number = min(open_groups, key=lambda g: (counts[g] / sizes[g] - ratio, g))
+        number = min(open_groups, key=lambda g: (counts[g] / sizes[g] - ratios[g], g))
         tried = counts.copy()
         tried[number] = min(sizes[number], tried[number] + round_to)
         # Costs only grow with counts: what does not fit now never will.

@@ -1,4 +1,4 @@
-"""What soft channel counts cost, differentiably, and the whole counts that meet a budget.
+"""What soft channel counts cost, differentiably; the whole counts they become are `selection.whole_counts`.
 
 Keep ratios are learned against costs: any callable from soft counts, float [G] over all groups of a graph, to a share
 of what the dense network costs. `SoftCost` makes one of a graph's cost terms; a latency table would be another.
@@ -9,16 +9,13 @@ Source: Li et al., "Differentiable Transportation Pruning", ICCV 2023, A.9.
 # G groups of the graph, T terms of a cost, S sizes multiplied in a term, E summands of all sizes
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsekit.budget import Budget, Metric
-from sparsekit.cost import Costs, Counts
+from sparsekit.cost import Costs
 from sparsekit.errors import BudgetError
 from sparsekit.graph import ChannelGraph, CostTerm
 from sparsekit.plan import ChannelGroup
@@ -135,62 +132,3 @@ def soft_limits(graph: ChannelGraph, budget: Budget) -> list[tuple[SoftCost, flo
     dense_G = torch.tensor(costs.dense)
     dense = {limit: costs(limit.metric, costs.dense) for limit in budget.limits}
     return [(SoftCost(terms[limit.metric], dense_G), limit.resolve(dense[limit]) / dense[limit]) for limit in dense]
-
-
-def whole_counts(
-    ratios: Mapping[ChannelGroup, float],
-    graph: ChannelGraph,
-    budget: Budget,
-    counts: Mapping[ChannelGroup, int],
-    *,
-    round_to: int = 1,
-) -> dict[ChannelGroup, int]:
-    """Counts that meet `budget` with no room for one more, as near as they can be to learned keep ratios.
-
-    The ratios move together, by one shift of their log-odds, to where their whole parts just fit; then the groups
-    are filled up one step at a time, largest shortfall first, until nothing more fits: at the end the cheap ones.
-
-    Args:
-        ratios: learned, in (0, 1); of the groups that may move.
-        graph: what is cut.
-        budget: its limits must be met.
-        counts: of every group; those that may not move keep theirs, and all together they meet the budget.
-        round_to: counts are multiples of this, or a group's full size.
-    """
-    costs = Costs(graph)
-    limits = [(limit.metric, limit.resolve(costs(limit.metric, costs.dense))) for limit in budget.limits]
-    free = [number for number, group in enumerate(graph.groups) if group in ratios]
-    sizes, step = costs.dense[free], np.minimum(round_to, costs.dense[free])
-    learned = np.clip([ratios[graph.groups[number]] for number in free], 1e-6, 1 - 1e-6)
-
-    def wanted(shift: float) -> NDArray[np.float64]:
-        odds = learned / (1 - learned) * math.exp(shift)
-        shares: NDArray[np.float64] = odds / (1 + odds)
-        return sizes * shares
-
-    def at(shift: float) -> Counts:
-        return np.clip(np.floor(wanted(shift) / round_to + 1e-9).astype(np.int64) * round_to, step, sizes)
-
-    def fits(moved: Counts) -> bool:
-        all_counts = costs.counts(counts)
-        all_counts[free] = moved
-        return all(costs(metric, all_counts) <= limit for metric, limit in limits)
-
-    low, high = -50.0, 50.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(at(middle)) else (low, middle)
-    kept, goal = at(low), wanted(low)
-    open_groups = {number for number in range(len(free)) if kept[number] < sizes[number]}
-    while open_groups:
-        number = min(open_groups, key=lambda n: ((kept[n] - goal[n]) / sizes[n], n))
-        tried = kept.copy()
-        tried[number] = min(sizes[number], tried[number] + round_to)
-        # Costs only grow with counts: what does not fit now never will.
-        if not fits(tried):
-            open_groups.discard(number)
-            continue
-        kept = tried
-        if kept[number] == sizes[number]:
-            open_groups.discard(number)
-    return dict(counts) | {graph.groups[number]: int(count) for number, count in zip(free, kept, strict=True)}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms
 
 from sparsekit.data import AUGMENTATIONS, image_task, load_task, unlabelled_images
 from sparsekit.errors import DataError, UsageError
@@ -50,7 +51,7 @@ def make_folder(
     return root
 
 
-def load_folder(root: Path, cache_dir: Path, **options: int) -> ImageData:
+def load_folder(root: Path, cache_dir: Path, **options: float) -> ImageData:
     return load_images(f"imagefolder:{root}", cache_dir=cache_dir, **options)  # type: ignore[arg-type]
 
 
@@ -153,66 +154,6 @@ def test_the_centre_of_the_longer_side_is_kept(tmp_path: Path) -> None:
     assert load_folder(root, tmp_path / "cache", image_size=8).train_images[0].unique().tolist() == [200]
 
 
-def test_the_second_load_reads_the_cache_and_not_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_folder(tmp_path / "data")
-    first = load_folder(root, tmp_path / "cache")
-    monkeypatch.setattr("PIL.Image.open", None)
-    again = load_folder(root, tmp_path / "cache")
-    assert torch.equal(first.train_images, again.train_images)
-    assert torch.equal(first.test_images, again.test_images)
-
-
-def test_a_changed_image_is_decoded_again(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "data")
-    load_folder(root, tmp_path / "cache")
-    Image.new("RGB", (12, 10), (7, 7, 7)).save(root / "train" / "ant" / "0.png")
-    assert load_folder(root, tmp_path / "cache").train_images[0].unique().tolist() == [7]
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
-def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: str) -> None:
-    root = make_folder(tmp_path / "data")
-    intact = load_folder(root, tmp_path / "cache")
-    (cache,) = (tmp_path / "cache").iterdir()
-    content = cache.read_bytes()
-    # A new file in its place: the old one is still mapped into `intact`.
-    cache.unlink()
-    cache.write_bytes(
-        {
-            "cut": content[:-100],
-            "flipped": content[:-1] + bytes([content[-1] ^ 1]),
-            "foreign": b"not a safetensors file",
-            "empty": b"",
-        }[damage]
-    )
-    again = load_folder(root, tmp_path / "cache")
-    assert torch.equal(intact.train_images, again.train_images)
-    assert torch.equal(intact.test_images, again.test_images)
-    assert cache.read_bytes() == content
-
-
-def test_an_unwritable_cache_stops_nothing_and_a_written_one_leaves_no_rubbish(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "data")
-    (tmp_path / "file").write_text("in the way of the cache folder")
-    assert len(load_folder(root, tmp_path / "file" / "cache").train_images) == 8
-    load_folder(root, tmp_path / "cache")
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
-
-
-def test_the_environment_names_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path / "cache"))
-    load_images(f"imagefolder:{make_folder(tmp_path / 'data')}")
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_progress_counts_every_decoded_image(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    root = make_folder(tmp_path / "data")
-    name = f"imagefolder:{root}"
-    load_images(name, cache_dir=tmp_path / "cache", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 12) for done in range(1, 13)]
-
-
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("damage", ["cut", "no image"])
 @pytest.mark.parametrize("image_size", [None, 8])
@@ -251,9 +192,37 @@ def test_a_missing_folder_half_or_class_is_named(tmp_path: Path) -> None:
         load_folder(tmp_path / "empty", tmp_path / "cache")
 
 
-def test_an_image_size_below_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="image size 0"):
-        load_folder(tmp_path, tmp_path, image_size=0)
+def test_training_and_test_images_of_different_sizes_need_an_image_size(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data")
+    for path in (root / "test").rglob("*.png"):
+        Image.new("RGB", (9, 8)).save(path)
+    with pytest.raises(DataError, match="data: images are 12x10 to train and 9x8 to test; give one image size"):
+        load_folder(root, tmp_path / "cache")
+    assert load_folder(root, tmp_path / "cache", image_size=8).test_images.shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("options", [{"image_size": 0}, {"crop_pct": 0}, {"crop_pct": 1.5}], ids=str)
+def test_a_size_or_share_that_no_image_can_have_is_refused(tmp_path: Path, options: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=r"image size 0: must be at least 1|crop_pct [01.5]+: must be in \(0, 1\]"):
+        load_folder(tmp_path, tmp_path, **options)
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.7])
+def test_images_are_resized_and_cut_as_torchvision_does_training_images_without_a_border(
+    tmp_path: Path, crop_pct: float
+) -> None:
+    sizes = ((500, 375), (333, 500), (224, 224), (256, 301), (17, 90), (641, 239))
+    root = make_folder(tmp_path / "data", sizes=sizes)
+    images = load_images(f"imagefolder:{root}", cache_dir=tmp_path / "cache", image_size=224, crop_pct=crop_pct)
+
+    def expected(half: str, shorter: int) -> Tensor:
+        pipeline = transforms.Compose(
+            [transforms.Resize(shorter), transforms.CenterCrop(224), transforms.PILToTensor()]
+        )
+        return torch.stack([pipeline(Image.open(path)) for path in sorted((root / half).rglob("*.png"))])
+
+    assert torch.equal(images.train_images, expected("train", 224))
+    assert torch.equal(images.test_images, expected("test", {1.0: 224, 0.875: 256, 0.7: 320}[crop_pct]))
 
 
 def test_an_epoch_holds_every_image_once_with_its_own_label() -> None:
@@ -568,6 +537,7 @@ def test_unlabelled_images_are_drawn_from_all_folders_and_normalised(
     assert all_images.shape == (12, 3, 8, 8)  # train and test, ant and bee
     some = unlabelled_images(spec, image_size=8, num_images=5)
     assert torch.equal(some, unlabelled_images(spec, image_size=8, num_images=5))
+    assert not torch.equal(some, unlabelled_images(spec, image_size=8, num_images=5, crop_pct=0.5))
     assert not torch.equal(some, unlabelled_images(spec, image_size=8, num_images=5, seed=1))
     assert all(any(torch.equal(image, other) for other in all_images) for image in some)
     labelled = load_images(spec, image_size=8)

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsekit import training
 from sparsekit.errors import DataError, UsageError
-from sparsekit.ingredients import build_schedule, follow
+from sparsekit.ingredients import build_pruner, build_schedule, follow
 from sparsekit.recipe import _CHOICES, Recipe
 from sparsekit.recovery import RECOVERIES
 from sparsekit.stages import Stages
@@ -27,6 +27,7 @@ OTHER = Recipe(
     data_root="data",
     download=False,
     image_size=64,
+    crop_pct=0.875,
     limit=100,
     batch_size=32,
     augment=("crop", "mixup"),
@@ -121,6 +122,9 @@ def test_a_recipe_file_may_leave_keys_out(tmp_path: Path) -> None:
         ("limit = 1", "limit must be in [2, inf), got 1"),
         ("round_to = 0", "round_to must be in [1, inf), got 0"),
         ("image_size = 0", "image_size must be in [1, inf), got 0"),
+        ("crop_pct = 0", "crop_pct must be in (0, 1], got 0"),
+        ("crop_pct = 1.01", "crop_pct must be in (0, 1], got 1.01"),
+        ("crop_pct = nan", "crop_pct must be in (0, 1], got nan"),
         ("threads = 0", "threads must be in [1, inf), got 0"),
         ("label_smoothing = 1.0", "label_smoothing must be in [0, 1), got 1.0"),
         ("momentum = 1.0", "momentum must be in [0, 1), got 1.0"),
@@ -208,6 +212,15 @@ def test_a_recipe_that_says_nothing_leaves_a_methods_schedule_as_it_is() -> None
     assert follow(Recipe(), own, stage="prune") == own
     sgd = follow(Recipe(optimizer="sgd", momentum=0.8, warmup_epochs=2), own, stage="prune")
     assert sgd == dataclasses.replace(own, optimizer="sgd", momentum=0.8, warmup_epochs=2)
+
+
+def test_a_method_whose_own_rates_hold_for_one_optimizer_takes_no_other() -> None:
+    for method, optimizer in (("transport", None), ("transport", "sgd"), ("gmp", "adamw"), ("magnitude", "adamw")):
+        build_pruner(Recipe(method=method, optimizer=optimizer))
+    for method, other, own in (("transport", "adamw", "sgd"), ("l0", "adamw", "sgd"), ("chipnet", "sgd", "adamw")):
+        message = f"{method}: optimizer {other!r} would train the method's own parameters at wrong rates; choose {own!r}"
+        with pytest.raises(UsageError, match=message):
+            build_pruner(Recipe(method=method, optimizer=other))
 
 
 def test_both_the_methods_training_and_fine_tuning_follow_the_recipe(tmp_path: Path) -> None:

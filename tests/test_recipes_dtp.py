@@ -196,6 +196,12 @@ def test_every_recipe_has_the_published_schedule(name: str) -> None:
         assert tuning.lr * lr_factor(epoch, tuning, num_batches=1) == pytest.approx(rate * scale)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "imagenet" in str(load(name).data)])
+def test_imagenets_test_images_are_those_of_the_published_accuracies(name: str) -> None:
+    recipe = load(name)
+    assert (recipe.image_size, round(224 / recipe.crop_pct)) == (224, 256)
+
+
 def test_epsilon_is_one_for_the_light_networks_and_a_quarter_for_the_others() -> None:
     light = ("resnet56", "mobilenet_v2")
     assert all(load(name).options["epsilon"] == (1.0 if load(name).model in light else 0.25) for name in NAMES)

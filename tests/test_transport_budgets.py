@@ -20,8 +20,8 @@ from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import ChannelGroup
 from sparsekit.pruner import channel_norms, penalised
 from sparsekit.pruners.transport import MaskedNetwork, Transport
-from sparsekit.selection import allocate
-from sparsekit.soft_cost import TOLERANCE, LearnedCounts, soft_limits, whole_counts
+from sparsekit.selection import allocate, whole_counts
+from sparsekit.soft_cost import TOLERANCE, LearnedCounts, soft_limits
 from sparsekit.soft_topk import Solver
 from sparsekit.task import Record, Schedule, Task
 from tests.networks import make

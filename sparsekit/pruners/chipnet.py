@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,8 @@ class ChipNet(TrainingOptions):
         budget_weight: of the budget loss.
         crispness_weight: of the crispness loss.
     """
+
+    only_optimizer: ClassVar[str | None] = "adamw"
 
     reach: float = 30.0
     budget_weight: float = 30.0

@@ -22,10 +22,11 @@ from sparsekit.budget import Budget
 from sparsekit.errors import UsageError, nearest
 from sparsekit.graph import ChannelGraph
 from sparsekit.plan import PruningPlan
+from sparsekit.pruner import ScheduleOptions, require_positive
 from sparsekit.selection import Scope, allocate_weights, keep_top_weights
 from sparsekit.sparse import SparseNetwork
 from sparsekit.surgery import copied
-from sparsekit.task import Record, Schedule, Task
+from sparsekit.task import Record, Task
 
 LAST_END = 0.75  # the final sparsity holds for at least the last quarter of the run
 
@@ -108,7 +109,7 @@ class GradualNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class GMP:
+class GMP(ScheduleOptions):
     """Train for `epochs` while the smallest weights become zero, up to the budget; meanwhile and after it train on.
 
     Attributes:
@@ -116,29 +117,21 @@ class GMP:
         end: when the budget is reached, at most 0.75.
         update_every: steps between updates of the mask, at least 1; the paper takes 100 to 1000 in long runs.
         scope: "global" zeroes the smallest weights of all layers together, "layer" the same share of each layer.
-        lr: peak learning rate, > 0.
     """
 
     start: float = 0.0
     end: float = LAST_END
     update_every: int = 10
     scope: Scope = "global"
-    epochs: int = 10
-    lr: float = 0.01
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    precision: str = "auto"
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        require_positive("gmp", self, "lr")
         if not 0 <= self.start < self.end <= LAST_END:
             raise UsageError(
                 f"gmp: 0 <= start < end <= {LAST_END} must hold, got start = {self.start:g}, end = {self.end:g}"
             )
         if self.update_every < 1:
             raise UsageError(f"gmp: update_every must be at least 1, got {self.update_every}")
-        if self.lr <= 0:
-            raise UsageError(f"gmp: lr must be above 0, got {self.lr:g}")
         if self.scope not in (scopes := list(get_args(Scope))):
             raise UsageError(f"gmp: unknown scope {self.scope!r}{nearest(self.scope, scopes)}")
 
@@ -156,13 +149,5 @@ class GMP:
             return PruningPlan()
         num_steps = self.epochs * task.num_batches
         network = GradualNetwork(copied(graph.model), counts, method=self, num_steps=num_steps)
-        schedule = Schedule(
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            label_smoothing=self.label_smoothing,
-            precision=self.precision,
-            seed=self.seed,
-        )
-        task.fit(network, task, schedule, stage="prune", observe=network.measure)
+        task.fit(network, task, self.schedule(), stage="prune", observe=network.measure)
         return network.plan()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,8 @@ class HardConcrete(TrainingOptions):
             WideResNet and 0.5 for LeNet.
         gate_lr: peak learning rate of log alpha, > 0.
     """
+
+    only_optimizer: ClassVar[str | None] = "sgd"
 
     penalty_weight: float = 1.0
     droprate: float = 0.3

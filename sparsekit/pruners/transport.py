@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ from sparsekit.gates import GatedNetwork, Place
 from sparsekit.graph import ChannelGraph
 from sparsekit.plan import ChannelGroup, PruningPlan
 from sparsekit.pruner import TrainingOptions, channel_norms, penalised, require_positive, trained_plan
-from sparsekit.selection import allocate
-from sparsekit.soft_cost import LearnedCounts, soft_limits, whole_counts
+from sparsekit.selection import allocate, whole_counts
+from sparsekit.soft_cost import LearnedCounts, soft_limits
 from sparsekit.soft_topk import SoftMasks, Solver
 from sparsekit.surgery import copied, plain
 from sparsekit.task import Record, Task
@@ -175,6 +175,8 @@ class Transport(TrainingOptions):
     Raises:
         UsageError: an option out of its range, or two that contradict each other.
     """
+
+    only_optimizer: ClassVar[str | None] = "sgd"
 
     epsilon: float = 0.25
     solver: Solver = "sinkhorn"

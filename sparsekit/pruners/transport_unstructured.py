@@ -22,11 +22,12 @@ from sparsekit.budget import Budget
 from sparsekit.errors import UsageError, nearest
 from sparsekit.graph import ChannelGraph
 from sparsekit.plan import PruningPlan
+from sparsekit.pruner import ScheduleOptions, require_positive
 from sparsekit.selection import Scope, allocate_weights, keep_top_weights
 from sparsekit.soft_topk import sinkhorn_step
 from sparsekit.sparse import SparseNetwork
 from sparsekit.surgery import copied
-from sparsekit.task import Record, Schedule, Task
+from sparsekit.task import Record, Task
 
 
 class SoftlySparseNetwork(nn.Module):
@@ -106,29 +107,20 @@ class SoftlySparseNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class TransportUnstructured:
+class TransportUnstructured(ScheduleOptions):
     """Train weights under soft masks for `epochs`, then keep the k weights with the largest mask.
 
     Attributes:
         epsilon: strength of the entropy, > 0; larger keeps the masks soft, and the choice open, for longer.
         scope: "global" lets all weights compete for the budget, "layer" those of each layer for the same share; the
             paper does not say which it takes.
-        lr: peak learning rate, > 0.
     """
 
     epsilon: float = 0.25
     scope: Scope = "global"
-    epochs: int = 10
-    lr: float = 0.01
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    precision: str = "auto"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epsilon", "lr"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"transport_unstructured: {name} must be above 0, got {getattr(self, name):g}")
+        require_positive("transport_unstructured", self, "epsilon", "lr")
         if self.scope not in (scopes := list(get_args(Scope))):
             raise UsageError(f"transport_unstructured: unknown scope {self.scope!r}{nearest(self.scope, scopes)}")
 
@@ -147,13 +139,5 @@ class TransportUnstructured:
         if not counts:
             return PruningPlan()
         network = SoftlySparseNetwork(copied(graph.model), counts, epsilon=self.epsilon)
-        schedule = Schedule(
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            label_smoothing=self.label_smoothing,
-            precision=self.precision,
-            seed=self.seed,
-        )
-        task.fit(network, task, schedule, stage="prune", observe=network.measure)
+        task.fit(network, task, self.schedule(), stage="prune", observe=network.measure)
         return network.plan()
