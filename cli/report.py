@@ -1,4 +1,4 @@
-"""sparsekit report: the page of a finished run, made anew from its numbers."""
+"""sparsekit report: the pages of finished runs, made anew from their numbers, and one page that compares them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,39 @@ from pathlib import Path
 import click
 
 from sparsekit.cli.console import json_option, print_json
+from sparsekit.comparison import comparison_html, contests
+from sparsekit.errors import UsageError
 from sparsekit.report import Report
 
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The page that compares; pareto.html unless given.")
 @json_option
-def report(folders: tuple[Path, ...], as_json: bool) -> None:
-    """Rebuild report.html of finished runs from their report.json.
+def report(folders: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Rebuild report.html of finished runs from their report.json; compare two or more.
 
-    With --json the reports are printed instead, by folder, and nothing is written.
+    The comparison has accuracy, MACs and latency of all of them in a chart, with a link to each run's page. With
+    --json the reports are printed instead, by folder, and nothing is written.
 
     \b
     sparsekit report out
+    sparsekit report runs/* --out pareto.html
     sparsekit report runs/* --json
     """
-    reports = {folder: Report.read(folder / "report.json") for folder in folders}
+    page = out or Path("pareto.html")
+    runs = [folder for folder in dict.fromkeys(folders) if folder != page]  # which `runs/*` may have caught
+    if out and (as_json or len(runs) < 2):
+        raise UsageError(f"--out {out}: compares runs; give two or more folders, and not --json")
+    reports = {folder: Report.read(folder / "report.json") for folder in runs}
     if as_json:
         print_json({str(folder): found.to_json() for folder, found in reports.items()})
         return
     for folder, found in reports.items():
         (folder / "report.html").write_text(found.html(), encoding="utf-8")
         click.echo(f"{folder}/report.html   {found.headline}")
+    if len(reports) > 1:
+        compared = contests(reports)
+        page.write_text(comparison_html(compared, page), encoding="utf-8")
+        best = ", ".join(str(run.folder) for contest in compared for run in contest.best)
+        click.echo(f"{page}   {len(reports)} runs, beaten by nothing else: {best or 'none'}")

@@ -3,57 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.table import Table
 
-from sparsekit.charts import curves, member_curves, share_columns
+from sparsekit.charts import Bar, Trial, curves, member_curves, search_chart, share_columns
 from sparsekit.environment import Environment
 from sparsekit.errors import DataError
+from sparsekit.flame import flame
+from sparsekit.measured import Candidate as Candidate
+from sparsekit.measured import LayerTime as LayerTime
+from sparsekit.measured import Measurement as Measurement
+from sparsekit.measured import SearchStep as SearchStep
+from sparsekit.measured import StockNetwork as StockNetwork
+from sparsekit.measured import TargetFacts as TargetFacts
+from sparsekit.measured import Width as Width
+from sparsekit.measured import plain, row_of
+from sparsekit.number_text import interval, percent, si, times
+from sparsekit.page import render, toml
+from sparsekit.pareto import Point, pareto_charts
 
 SCHEMA_VERSION = 1
 
 _RATIOS = ("accuracy", "num_params", "num_nonzero", "num_macs", "size_bytes", "latency_ms")
+_ROWS = {"dense": Measurement, "compact": Measurement, "environment": Environment, "target": TargetFacts}
+_TABLES = {
+    **{"widths": Width, "layers": LayerTime},
+    **{"search": SearchStep, "candidates": Candidate, "stock": StockNetwork},
+}
 _NOT_DRAWN = ("epoch", "step", "lr", "seconds")
 
 Cell = tuple[str, str]  # what a table cell says, and a detail for smaller print
 History = Mapping[str, Sequence[Mapping[str, float | None]]]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One network, measured.
-
-    Attributes:
-        accuracy: in [0, 1] on held-out data, None without data.
-        num_macs: multiply-accumulates of one forward pass at batch 1.
-        size_bytes: of the exported file.
-        latency_ms: wall time per run, p50 beside its p20 and p80; None where it was not measured.
-        num_nonzero: of the weights that layers multiply with; None where the method removes channels only.
-    """
-
-    accuracy: float | None
-    num_params: int
-    num_macs: int
-    size_bytes: int
-    latency_ms: float | None = None
-    latency_p20_ms: float | None = None
-    latency_p80_ms: float | None = None
-    num_nonzero: int | None = None
-
-
-@dataclass(frozen=True)
-class Width:
-    """A channel group's `dense` channels and how many of them were `kept`; `layer` is the group's name."""
-
-    layer: str
-    dense: int
-    kept: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +52,10 @@ class Report:
         accuracies: held-out accuracy in [0, 1] by point of the run, e.g. `dense`, `pruned`, `compact`.
         refusals: per frozen layer its `module`, `source` line, `op`, `reason` and `macs_share` in [0, 1].
         seconds: wall time per step of the run.
+        layers: in the order of the forward pass, one per call.
+        search: the iterations that met a latency budget, within `latency_band` = least and largest ratio to the
+            dense network.
+        candidates, stock: what stands beside both networks in the chart of accuracy over latency.
     """
 
     dense: Measurement
@@ -83,6 +71,12 @@ class Report:
     refusals: tuple[Mapping[str, object], ...]
     warnings: tuple[str, ...]
     seconds: Mapping[str, float]
+    target: TargetFacts | None = None
+    layers: tuple[LayerTime, ...] = ()
+    search: tuple[SearchStep, ...] = ()
+    latency_band: tuple[float, float] | None = None
+    candidates: tuple[Candidate, ...] = ()
+    stock: tuple[StockNetwork, ...] = ()
 
     @property
     def ratio(self) -> dict[str, float | None]:
@@ -99,21 +93,61 @@ class Report:
         return (self.latency or {}).get("ratio") or {}
 
     @property
+    def latency_interval(self) -> str:
+        """Of the latency ratio, like `[0.50, 0.54]`, "" where it is not known."""
+        return interval(self._paired.get("low"), self._paired.get("high"))
+
+    @property
+    def target_text(self) -> str:
+        """Runtime and device that latency was measured on, "" where it was not."""
+        if self.target:
+            return f"{self.target.text}, {self.target.device or self.environment.cpu}"
+        runtime = (self.latency or {}).get("runtime")
+        return f"{runtime}, {self.environment.cpu}" if runtime else ""
+
+    def points(self, label: str, mark: str = "") -> list[Point]:
+        """The networks of this run by latency, the small one under `label`; none where latency is not known."""
+        latency, macs = self.ratio["latency_ms"], self.ratio["num_macs"]
+        if latency is None or macs is None:
+            return []
+        low, high = self._paired.get("low"), self._paired.get("high")
+        return [
+            Point("dense", "dense", 1.0, 1.0, self.dense.accuracy),
+            *(
+                Point("tried", c.label, c.latency_ratio, c.macs_ratio, c.accuracy, c.latency_low, c.latency_high)
+                for c in self.candidates
+            ),
+            *(
+                Point("stock", s.name, s.latency_ratio, s.macs_ratio, s.published_accuracy if s.comparable else None)
+                for s in self.stock
+                if s.latency_ratio is not None
+            ),
+            Point("compact", label, latency, macs, self.compact.accuracy, low, high, mark),
+        ]
+
+    @property
     def headline(self) -> str:
         """One sentence, like `0.49x the MACs at 0.52x the latency [0.50, 0.54], accuracy -0.3 points`."""
         nonzero, macs, latency = (self.ratio[name] for name in ("num_nonzero", "num_macs", "latency_ms"))
-        text = "" if nonzero is None else f"{_times(nonzero, 2)} the nonzero weights, "
-        text += f"{_times(macs, 2)} the MACs"
+        text = "" if nonzero is None else f"{times(nonzero, 2)} the nonzero weights, "
+        text += f"{times(macs, 2)} the MACs"
         if latency is not None:
-            text += f" at {_times(latency, 2)} the latency {_interval(self._paired)}".rstrip()
-        if self.dense.accuracy is not None and self.compact.accuracy is not None:
-            text += f", accuracy {100 * (self.compact.accuracy - self.dense.accuracy):+.1f} points"
+            text += f" at {times(latency, 2)} the latency {self.latency_interval}".rstrip()
+        if self.accuracy_change is not None:
+            text += f", accuracy {100 * self.accuracy_change:+.1f} points"
         return text
+
+    @property
+    def accuracy_change(self) -> float | None:
+        """Compact less dense, in [-1, 1]."""
+        if self.dense.accuracy is None or self.compact.accuracy is None:
+            return None
+        return self.compact.accuracy - self.dense.accuracy
 
     def rows(self) -> list[tuple[str, Cell, Cell, Cell]]:
         """Label, dense, compact and ratio of each quantity, as text."""
-        ratio = {name: (_times(value, 3), "") for name, value in self.ratio.items()}
-        ratio["latency_ms"] = (ratio["latency_ms"][0], _interval(self._paired))
+        ratio = {name: (times(value, 3), "") for name, value in self.ratio.items()}
+        ratio["latency_ms"] = (ratio["latency_ms"][0], self.latency_interval)
         cells = zip(_cells(self.dense), _cells(self.compact), ratio.values(), strict=True)
         labels = ("accuracy", "parameters", "nonzero weights", "MACs", "file size", "latency p50 (p20-p80)")
         rows = [(label, *row) for label, row in zip(labels, cells, strict=True)]
@@ -121,7 +155,7 @@ class Report:
 
     def table(self) -> Table:
         """Dense | compact | ratio, for a terminal."""
-        table = Table("")
+        table = Table("", caption=self.target_text or None)
         for name in ("dense", "compact", "ratio"):
             table.add_column(name, justify="right")
         for label, *cells in self.rows():
@@ -131,30 +165,40 @@ class Report:
             table.add_row(label.replace(" (", "\n(") if detailed else label, *texts)
         return table
 
+    @property
+    def _bars(self) -> list[Bar]:
+        return [Bar(width.layer, width.dense, width.kept, width.edges) for width in self.widths]
+
     def html(self) -> str:
         """One self-contained page: no script, no request; for phones, dark screens and paper too."""
-        page = jinja2.Environment(
-            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-        )
-        page.filters |= {"value": _value, "percent": _percent}
-        source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-        return page.from_string(source).render(
-            report=self,
-            width_charts=share_columns([(w.layer, w.dense, w.kept) for w in self.widths], title="Kept"),
-            curves={stage: curves(rows, _names(rows, masks=False)) for stage, rows in self.history.items()},
-            masks=[
-                chart for rows in self.history.values() for chart in curves(rows, _names(rows, masks=True), x="step")
-            ],
-            channels=[chart for rows in self.history.values() for chart in member_curves(rows)],
-            environment=_plain(self.environment),
-            recipe=_toml(self.recipe),
+        trials = [Trial(step.predicted_ratio, step.measured_ratio, step.low, step.high) for step in self.search]
+        return render(
+            "report.html.jinja",
+            {
+                "report": self,
+                "pareto_charts": pareto_charts(self.points("this run")),
+                "search_chart": search_chart(trials, self.latency_band) if trials else None,
+                "width_charts": share_columns(self._bars, title="Kept"),
+                "off_edge": [bar for bar in self._bars if bar.off_edge],
+                "flame": flame([(x.name, x.dense_ms, x.compact_ms) for x in self.layers]) if self.layers else None,
+                "slowest": sorted(self.layers, key=lambda layer: -layer.compact_ms)[:10],
+                "curves": {s: curves(rows, _names(rows, masks=False)) for s, rows in self.history.items()},
+                "masks": [
+                    chart
+                    for rows in self.history.values()
+                    for chart in curves(rows, _names(rows, masks=True), x="step")
+                ],
+                "channels": [chart for rows in self.history.values() for chart in member_curves(rows)],
+                "environment": plain(self.environment),
+                "recipe": toml(self.recipe),
+            },
         )
 
     def to_json(self) -> dict[str, Any]:
         """Strict JSON: tuples become lists, and numbers that are not finite become None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain: dict[str, Any] = _plain({"schema_version": SCHEMA_VERSION, **values, "ratio": self.ratio})
-        return plain
+        document: dict[str, Any] = plain({"schema_version": SCHEMA_VERSION, **values, "ratio": self.ratio})
+        return document
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -185,41 +229,29 @@ class Report:
             found = document.get("schema_version")
             raise DataError(f"report: schema_version must be {SCHEMA_VERSION}, got {found!r}")
         try:
-            values = {field.name: document[field.name] for field in fields(cls)}
-            environment = values["environment"]
-            return cls(
-                **values
-                | {
-                    "dense": Measurement(**values["dense"]),
-                    "compact": Measurement(**values["compact"]),
-                    "environment": Environment(**environment | {"cpu_flags": tuple(environment["cpu_flags"])}),
-                    "widths": tuple(Width(**row) for row in values["widths"]),
-                    "refusals": tuple(values["refusals"]),
-                    "warnings": tuple(values["warnings"]),
-                }
-            )
+            known = [field.name for field in fields(cls) if field.name in document or field.default is MISSING]
+            return cls(**{name: _field(name, document[name]) for name in known})
         except (KeyError, TypeError) as error:
             raise DataError(f"report: damaged: {type(error).__name__}: {error}") from error
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _field(name: str, value: Any) -> Any:
+    """A field of a report from its JSON value."""
+    if name in _TABLES:
+        return tuple(row_of(_TABLES[name], row) for row in value)
+    if name in _ROWS and value is not None:
+        return row_of(_ROWS[name], value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _cells(side: Measurement) -> list[Cell]:
     """A network's column of the table, in the order of `_RATIOS`."""
     texts = (
-        _percent(side.accuracy),
+        percent(side.accuracy),
         f"{side.num_params:,}",
         "-" if side.num_nonzero is None else f"{side.num_nonzero:,}",
-        _si(side.num_macs).rstrip(),
-        f"{_si(side.size_bytes)}B",
+        si(side.num_macs).rstrip(),
+        f"{si(side.size_bytes)}B",
         "-" if side.latency_ms is None else f"{side.latency_ms:.3g} ms",
     )
     spread = ""
@@ -228,63 +260,7 @@ def _cells(side: Measurement) -> list[Cell]:
     return [*((text, "") for text in texts[:-1]), (texts[-1], spread)]
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"
-
-
-def _si(count: float) -> str:
-    """One decimal and the prefix, which the caller's unit may follow.
-
-    >>> _si(125_485_696), _si(512)
-    ('125.5 M', '512 ')
-    """
-    for power, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= power:
-            return f"{count / power:.1f} {prefix}"
-    return f"{count:.0f} "
-
-
-def _times(ratio: float | None, digits: int) -> str:
-    """A ratio to so many significant digits.
-
-    >>> _times(0.4912, 2), _times(1.0, 3), _times(10.4, 2), _times(None, 2)
-    ('0.49x', '1.00x', '10x', '-')
-    """
-    return "-" if ratio is None else f"{ratio:#.{digits}g}".rstrip(".") + "x"
-
-
-def _interval(ratio: Mapping[str, float | None]) -> str:
-    low, high = ratio.get("low"), ratio.get("high")
-    return "" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
-
-
-def _value(value: object) -> str:
-    """One JSON value as a reader wants it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_value(item) for item in value)
-    return "-" if value is None else str(value)
-
-
 def _names(records: Sequence[Mapping[str, float | None]], *, masks: bool) -> list[str]:
     """What to draw of a stage, a chart each: the masks' numbers, or all others but time and what the schedule sets."""
     names = dict.fromkeys(name for record in records for name in record if "/" not in name)
     return [name for name in names if name not in _NOT_DRAWN and name.startswith("mask_") == masks]
-
-
-def _toml(table: Mapping[str, object], path: str = "") -> str:
-    """The recipe's text as TOML writes it; None is left out, since TOML has no word for it."""
-    lines = [
-        f"{key} = {json.dumps(value)}"
-        for key, value in table.items()
-        if value is not None and not isinstance(value, Mapping)
-    ]
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            lines += ["", f"[{path}{key}]", _toml(value, f"{path}{key}.")]
-    return "\n".join(lines).strip()

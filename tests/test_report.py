@@ -16,8 +16,18 @@ from rich.console import Console
 
 from sparsekit.environment import Environment
 from sparsekit.errors import DataError
-from sparsekit.report import Measurement, Report, Width
+from sparsekit.report import (
+    Candidate,
+    LayerTime,
+    Measurement,
+    Report,
+    SearchStep,
+    StockNetwork,
+    TargetFacts,
+    Width,
+)
 
+NEW_FIELDS = ("target", "layers", "search", "latency_band", "candidates", "stock")
 VOID = {"meta", "br", "hr", "link", "img", "input"}
 
 
@@ -59,6 +69,41 @@ def bare_report() -> Report:
     )
 
 
+def latency_report() -> Report:
+    """A run under a latency budget, with all that it says about time."""
+    steps = (SearchStep(0.5, 0.56, 0.55, 0.57, 0.53, False), SearchStep(0.47, 0.52, 0.5, 0.54, 0.49, True))
+    names = ("stem", *(f"layer{i}.{b}.conv{c}" for i in (1, 2) for b in (0, 1) for c in (1, 2)), "head")
+    return replace(
+        sample_report(),
+        target=TargetFacts("ssh://pi", "onnxruntime", "float32", 4, "1.31.1", "Cortex-A76", 3.5e-7),
+        widths=(
+            Width("stem", 64, 49, (16, 48, 64)),
+            Width("layer1.0.conv1", 64, 48, (16, 48, 64)),
+            Width("head", 8, 8),
+        ),
+        layers=tuple(LayerTime(name, 0.4, 0.05 * i, 1_000_000, 100_000 * i) for i, name in enumerate(names, 1)),
+        search=steps,
+        latency_band=(0.494, 0.52),
+        candidates=(Candidate("uniform", 0.6, 0.55, 0.9, 0.58, 0.62), Candidate("untrained", 0.55, 0.5)),
+        stock=(
+            StockNetwork("resnet32", 0.56, 0.57, 0.925, "cifar10", True, "beaten"),
+            StockNetwork("resnet20", 0.33, 0.34, 0.7, "ImageNet-1K"),
+            StockNetwork("resnet14", 0.2, None, note="not timed"),
+        ),
+    )
+
+
+def charts_of(html: str) -> list[str]:
+    """The page's charts, each with the pictures nested in it."""
+    found, start, depth = [], 0, 0
+    for tag in re.finditer(r"<svg|</svg>", html):
+        start = tag.start() if depth == 0 else start
+        depth += 1 if tag.group() == "<svg" else -1
+        if depth == 0:
+            found.append(html[start : tag.end()])
+    return found
+
+
 class Page(HTMLParser):
     """Fails on tags that do not nest; gathers tags, their attributes and the text."""
 
@@ -90,11 +135,23 @@ def table_text(report: Report) -> str:
     return captured.get()
 
 
-@pytest.mark.parametrize("report", [sample_report(), bare_report()], ids=["full", "bare"])
+REPORTS = {"full": sample_report(), "bare": bare_report(), "latency": latency_report()}
+
+
+@pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
 def test_a_report_survives_json(report: Report) -> None:
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert Report.from_json(document) == report
     assert document["schema_version"] == 1
+
+
+def test_a_report_from_before_latency_budgets_still_reads() -> None:
+    document = sample_report().to_json()
+    for name in NEW_FIELDS:
+        del document[name]
+    for width in document["widths"]:
+        del width["edges"]
+    assert Report.from_json(json.loads(json.dumps(document))) == sample_report()
 
 
 def test_json_holds_both_networks_and_their_ratio() -> None:
@@ -122,6 +179,9 @@ def test_json_is_strict_where_numbers_are_not_finite() -> None:
         ({"schema_version": 2}, "schema_version must be 1, got 2"),
         ({"dense": {"accuracy": 1.0}}, "damaged: TypeError"),
         ({"widths": [{"layer": "conv1", "colour": 3}]}, "damaged: TypeError"),
+        ({"layers": [{"name": "conv1"}]}, "damaged: TypeError"),
+        ({"target": {"name": "onnxruntime"}}, "damaged: TypeError"),
+        ({"search": 3}, "damaged: TypeError"),
     ],
 )
 def test_a_damaged_document_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
@@ -201,7 +261,7 @@ def test_the_table_of_a_run_without_data_has_dashes() -> None:
     assert accuracy.split().count("-") == latency.split().count("-") == 3
 
 
-@pytest.mark.parametrize("report", [sample_report(), bare_report()], ids=["full", "bare"])
+@pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
 def test_the_page_nests_and_asks_for_nothing_from_outside(report: Report) -> None:
     html = report.html()
     page = Page(html)
@@ -224,14 +284,108 @@ def test_the_page_shows_every_part_of_the_report() -> None:
 def test_sections_without_content_are_left_out() -> None:
     text = Page(bare_report().html()).text
     assert "every layer could be cut" in text
-    assert not any(part in text for part in ("Channels kept", "Training", "Masks", "Warning", "Latency"))
+    parts = ("Channels kept", "Training", "Masks", "Warning", "Latency", "Search", "Time per layer", "Stock", "plateau")
+    assert not any(part in text for part in parts)
     assert not any(tag == "svg" for tag, _ in Page(bare_report().html()).tags)
+
+
+def section(report: Report, heading: str) -> str:
+    """The text from a heading of second order to the next; "" without it."""
+    pieces = re.split(r"<h2>(.*?)</h2>", report.html())
+    found = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    return " ".join(re.sub(r"<[^>]*>", " ", found.get(heading, "")).split())
+
+
+NEW_SECTIONS = {
+    "Search for the budget": {"search": ()},
+    "Time per layer": {"layers": ()},
+    "Accuracy, MACs and latency": {
+        "latency": None,
+        "compact": replace(sample_report().compact, latency_ms=None),
+        "stock": (),
+    },
+}
+
+
+@pytest.mark.parametrize("heading", NEW_SECTIONS)
+def test_each_section_on_latency_is_there_with_its_data_and_absent_without(heading: str) -> None:
+    report = latency_report()
+    assert section(report, heading)
+    without = replace(report, **NEW_SECTIONS[heading])  # type: ignore[arg-type]
+    assert not section(without, heading)
+    others = [other for other in NEW_SECTIONS if other != heading]
+    assert all(section(without, other) for other in others)
+    assert "Stock networks" not in replace(report, stock=()).html()
+
+
+def test_the_search_is_told_step_by_step() -> None:
+    text = section(latency_report(), "Search for the budget")
+    assert "[0.494, 0.520] of the dense latency" in text
+    assert "1 0.530x 0.500x 0.560x [0.550, 0.570] no 2 0.490x 0.470x 0.520x [0.500, 0.540] yes" in text
+
+
+def test_the_layers_that_take_most_come_first_with_their_share() -> None:
+    text = section(latency_report(), "Time per layer")
+    first, second = (
+        text.index("head 0.400 0.500 18 % 1.2x 1.0x"),
+        text.index("layer2.1.conv2 0.400 0.450 16 % 1.1x 0.90x"),
+    )
+    assert first < second
+    assert "add up to 4.00 of 3.40 ms measured for the dense network and 2.75 of 1.70 ms" in text
+
+
+def test_only_ten_layers_are_listed() -> None:
+    layers = tuple(LayerTime(f"conv{i}", 1.0, 0.01 * i, 10, 10) for i in range(12))
+    table = replace(latency_report(), layers=layers).html().split("take most of what is left")[1].split("</table>")[0]
+    assert re.findall(r"<code>(conv\d+)</code>", table) == [f"conv{i}" for i in range(11, 1, -1)]
+
+
+def test_widths_off_their_plateaus_are_counted() -> None:
+    text = section(latency_report(), "Channels kept")
+    assert "1 count lies off an edge" in text
+    on_edge = replace(latency_report(), widths=(Width("stem", 64, 48, (16, 48, 64)),))
+    assert "Every count lies on one" in section(on_edge, "Channels kept")
+    assert "plateau" not in section(sample_report(), "Channels kept")
+
+
+def test_accuracies_on_other_data_are_said_to_be_so_and_not_drawn() -> None:
+    report = latency_report()
+    text = section(report, "Accuracy, MACs and latency")
+    assert "resnet32 0.560x 0.570x 92.50 % beaten" in text
+    assert "resnet20 0.330x 0.340x 70.00 % ImageNet-1K" in text
+    assert "resnet14 0.200x - - not timed" in text
+    assert "on other data than ours" in text
+    accuracy, macs = charts_of(report.html())[:2]
+    assert [name in accuracy for name in ("resnet32", "resnet20", "resnet14")] == [True, False, False]
+    assert [name in macs for name in ("resnet32", "resnet20", "resnet14")] == [True, True, False]
+    comparable = replace(report, stock=report.stock[:1])
+    assert "other data" not in section(comparable, "Accuracy, MACs and latency")
+
+
+def test_the_target_stands_wherever_latency_is_printed() -> None:
+    report = latency_report()
+    target = "ssh://pi (onnxruntime 1.31.1), float32, 4 threads, Cortex-A76"
+    assert report.target_text == target
+    assert target in " ".join(table_text(report).split())
+    assert f"Latency on {target}; output error 3.5e-07." in " ".join(Page(report.html()).text.split())
+    assert all(target in section(report, heading) for heading in NEW_SECTIONS)
+
+
+def test_a_report_that_names_no_target_has_the_runtime_and_this_machine() -> None:
+    report = sample_report()
+    assert report.target_text == ""
+    timed = replace(report, latency={"runtime": "onnxruntime 1.31.1 CPUExecutionProvider"})
+    assert timed.target_text == f"onnxruntime 1.31.1 CPUExecutionProvider, {report.environment.cpu}"
 
 
 def test_hostile_names_are_text_everywhere() -> None:
     hostile = '</title><script>alert("1")</script>'
     report = replace(
         sample_report(),
+        target=TargetFacts(hostile, hostile, hostile, 1, hostile, hostile),
+        layers=(LayerTime(hostile, 1.0, 1.0, 1, 1), LayerTime("conv", 1.0, 1.0, 1, 1)),
+        candidates=(Candidate(hostile, 0.5, 0.5, 0.5),),
+        stock=(StockNetwork(hostile, 0.5, 0.5, 0.5, hostile, False, hostile),),
         widths=(Width(hostile, 4, 2),),
         history={hostile: [{hostile: 1.0, "mask_" + hostile: 0.5}]},
         accuracies={hostile: 0.5},
@@ -257,9 +411,11 @@ def test_records_within_an_epoch_are_drawn_but_not_counted_as_epochs() -> None:
 
 
 def test_every_chart_is_well_formed_and_described() -> None:
-    charts = re.findall(r"<svg.*?</svg>", sample_report().html(), flags=re.DOTALL)
-    assert len(charts) == 3 + 2 + 1 + 1  # widths, dense (loss, accuracy), prune (loss), masks
-    for chart in charts:
+    charts = charts_of(sample_report().html())
+    assert len(charts) == 2 + 3 + 2 + 1 + 1  # pareto, widths, dense (loss, accuracy), prune (loss), masks
+    timed = charts_of(latency_report().html())
+    assert len(timed) == 2 + 1 + 1 + 1 + 2 + 1 + 1  # pareto, search, widths, layers, as above
+    for chart in charts + timed:
         root = ElementTree.fromstring(chart)
         assert root.attrib["role"] == "img"
         assert root.findtext("title")

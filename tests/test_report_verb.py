@@ -102,3 +102,46 @@ def test_a_damaged_report_is_named(cli: Cli, out: Path, text: str, reason: str) 
     assert stderr.startswith("error: out/report.json: ")
     assert reason in stderr
     assert stderr.count("\n") == 1
+
+
+def test_several_runs_get_a_page_that_compares_them(cli: Cli, out: Path) -> None:
+    shutil.copytree(out, "again")
+    (out / "report.html").unlink()
+    code, stdout, stderr = cli(out, "again")
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines()[-1].startswith("pareto.html   2 runs, beaten by nothing else: ")
+    page = Path("pareto.html").read_text(encoding="utf-8")
+    assert 'href="out/report.html"' in page
+    assert 'href="again/report.html"' in page
+    assert (out / "report.html").exists()
+
+
+def test_the_page_that_compares_goes_where_it_is_told_and_links_from_there(cli: Cli, out: Path) -> None:
+    shutil.copytree(out, "again")
+    Path("pages").mkdir()
+    code, _, _ = cli(out, "again", "--out", "pages/all.html")
+    assert code == 0
+    assert 'href="../out/report.html"' in Path("pages/all.html").read_text(encoding="utf-8")
+    assert not Path("pareto.html").exists()
+
+
+@pytest.mark.parametrize("arguments", [("out", "--out", "p.html"), ("out", "out", "--json", "--out", "p.html")])
+def test_a_page_of_nothing_to_compare_is_refused(cli: Cli, out: Path, arguments: tuple[str, ...]) -> None:
+    code, stdout, stderr = cli(*arguments)
+    assert (code, stdout) == (2, "")
+    assert stderr == "error: --out p.html: compares runs; give two or more folders, and not --json\n"
+
+
+def test_one_run_alone_writes_its_own_page_only(cli: Cli, out: Path) -> None:
+    assert cli(out)[0] == 0
+    assert not Path("pareto.html").exists()
+
+
+def test_the_page_of_last_time_among_the_folders_is_no_run(cli: Cli, out: Path) -> None:
+    shutil.copytree(out, "runs/a")
+    shutil.copytree(out, "runs/b")
+    first = cli(*sorted(Path("runs").iterdir()), "--out", "runs/pareto.html")
+    again = cli(*sorted(Path("runs").iterdir()), "--out", "runs/pareto.html")
+    assert Path("runs/pareto.html") in Path("runs").iterdir()
+    assert first == again
+    assert first[0] == 0
