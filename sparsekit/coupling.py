@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekit.layers import Layer
 from sparsekit.plan import COUNT
 from sparsekit.record import Op, Recording, Ref
 
@@ -46,13 +47,14 @@ class Factored:
 class Product:
     """A cost: `scale` times the product of the sizes of `dims` (a label, or a fixed size).
 
-    `layer` are the labels of the weight among the factors, if one is.
+    `weight` are the labels of the weight among the factors, if one is; `layer` says what is computed.
     """
 
     name: str
     scale: float
     dims: tuple[Label | int, ...]
-    layer: tuple[Label, ...] = ()
+    weight: tuple[Label, ...] = ()
+    layer: Layer | None = None
 
 
 class Coupling:
@@ -70,6 +72,7 @@ class Coupling:
         divisors: atoms of parameters that something is divided by, which must not be zero.
         added: where outputs of layers are summed element by element.
         macs: multiply-accumulates, a term per call.
+        passes: numbers that other ops go over, a term per call.
     """
 
     def __init__(self) -> None:
@@ -84,6 +87,7 @@ class Coupling:
         self.divisors: list[Label] = []
         self.added: list[Label] = []
         self.macs: list[Product] = []
+        self.passes: list[Product] = []
         self.num_atoms = 0
         self._labels: dict[int, Labels] = {}
         self._static: set[int] = set()  # tensors computed from parameters alone

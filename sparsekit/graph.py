@@ -15,6 +15,7 @@ from torch import nn
 from sparsekit.channels import Channels
 from sparsekit.coupling import Coupling, Label, Product
 from sparsekit.garbage import paused_collection
+from sparsekit.layers import Layer
 from sparsekit.plan import ChannelGroup
 from sparsekit.record import Ref, check_inputs
 from sparsekit.rules import RULES
@@ -48,12 +49,14 @@ class CostTerm:
     """`scale` times the product of sizes that follow the number of channels kept.
 
     A size is a sum: group numbers -> positions per channel of each. `{(): 3, (0,): 4}` is 3 + 4 count[0], and
-    `{(1, 2): 3}` is 3 count[1] count[2], as in packed queries, keys and values of heads x head dims.
+    `{(1, 2): 3}` is 3 count[1] count[2], as in packed queries, keys and values of heads x head dims. `layer` is what a
+    layer of these sizes computes, None where no one knows how to build one, or what it computes is a constant.
     """
 
     name: str
     scale: float
     sizes: tuple[Size, ...]
+    layer: Layer | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,7 @@ class ChannelGraph:
         macs: multiply-accumulates per example, a term per layer call.
         params: parameters, a term per tensor.
         uncounted: ops that take tensors and have no rule: their MACs are in no number.
+        passes: numbers per example that other ops go over, a term per call: activations, sums, normalisation.
     """
 
     model: nn.Module
@@ -75,6 +79,12 @@ class ChannelGraph:
     macs: tuple[CostTerm, ...]
     params: tuple[CostTerm, ...]
     uncounted: tuple[str, ...]
+    passes: tuple[CostTerm, ...] = ()
+
+    @property
+    def timed(self) -> tuple[CostTerm, ...]:
+        """All that takes time: the terms of `macs`, then those of `passes`."""
+        return self.macs + self.passes
 
 
 def trace(model: nn.Module, example_inputs: Any, *, renormalise: bool = False) -> ChannelGraph:
@@ -107,13 +117,14 @@ def _graph(model: nn.Module, found: Survey, batch_size: int, *, on_request: bool
     coupling, channels, groups, calls = found.coupling, found.channels, found.groups, found.calls
     evaluated = found.recordings[0]
     sizes = _Sizes(channels, groups)
-    macs = tuple(sizes.term(call, 1 / batch_size) for call in calls)
+    macs = tuple(sizes.term(call, batch_size) for call in calls)
+    passes = tuple(sizes.term(product, batch_size) for product in found.passes)
     params = tuple(
-        sizes.term(_numel(name, evaluated.states[name], coupling), 1.0) for name, _ in found.twin.named_parameters()
+        sizes.term(_numel(name, evaluated.states[name], coupling), 1) for name, _ in found.twin.named_parameters()
     )
     uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors}
     refusals = _refusals(coupling, channels, calls, on_request=on_request)
-    return ChannelGraph(model, tuple(groups.values()), refusals, macs, params, tuple(sorted(uncounted)))
+    return ChannelGraph(model, tuple(groups.values()), refusals, macs, params, tuple(sorted(uncounted)), passes)
 
 
 def _numel(name: str, ref: Ref, coupling: Coupling) -> Product:
@@ -132,8 +143,10 @@ class _Sizes:
         self._counts = [group.size for group in groups.values()]
         self._known: dict[int, Size] = {}
 
-    def term(self, product: Product, factor: float) -> CostTerm:
-        return CostTerm(product.name, product.scale * factor, tuple(map(self._size, product.dims)))
+    def term(self, product: Product, num_examples: int) -> CostTerm:
+        """Per example."""
+        layer = product.layer.per_example(num_examples) if product.layer else None
+        return CostTerm(product.name, product.scale / num_examples, tuple(map(self._size, product.dims)), layer)
 
     def _size(self, label: Label | int) -> Size:
         if isinstance(label, int):
@@ -177,7 +190,7 @@ def _refusals(
     if not found or not calls:
         return ()
     # Positions of tokens or kernels are no channels: only what a layer makes or reads can be lost.
-    layers = channels.owning([label for call in calls for label in call.layer])
+    layers = channels.owning([label for call in calls for label in call.weight])
     held = csr_array(np.stack([channels.owning(labels) & layers for labels in found.values()]).astype(np.int64))
     locked = csr_array(np.stack([_locked(channels, call.dims) & layers for call in calls]).astype(np.int64))
     sizes = [call.scale * np.prod([float(d) if isinstance(d, int) else len(d) for d in call.dims]) for call in calls]

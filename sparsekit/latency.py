@@ -1,282 +1,273 @@
-"""How long ONNX files take in ONNX Runtime on this machine's CPU, and by what factor, on a machine that is not idle.
+"""How long network files take on a target, and by what factor, on a machine that is not idle.
 
 The protocol: a fixed number of threads; each file in its own fresh process; a warm-up; bursts of runs, the order of
 the files shuffled every round, one process running at a time; fresh launches until the interval of the ratio is
 narrow enough. Memory layout differs from launch to launch by more than runs differ within one, so only launches
-count as independent. With one thread the ratio comes from CPU time, which a busy neighbour hardly moves; with
-more, from the wall time of the runs that did not wait for a CPU.
+count as independent. On the CPU with one thread the ratio comes from CPU time, which a busy neighbour hardly moves;
+with more, or on another device, from the wall time of the runs that did not wait for a CPU. Every file's outputs are
+held against those of ONNX Runtime in float32 on the same inputs: a runtime that computes in less is faster, and says
+nothing.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
-from subprocess import PIPE, Popen
-from tempfile import TemporaryFile
-from typing import IO, Any, NamedTuple, cast
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from numpy.typing import NDArray
 
 from sparsekit.errors import MeasurementError, UsageError
+from sparsekit.samples import (
+    Latency,
+    LatencyComparison,
+    Loaded,
+    Ratio,
+    Sample,
+    compare,
+    lower_quartile,
+    relative_error,
+    summarize,
+)
+from sparsekit.targets import Target, parse_target
+from sparsekit.targets.machine import Site
+from sparsekit.targets.worker import Conditions, Worker, start
 
-WORKER = Path(__file__).with_name("latency_worker.py")
+__all__ = ["Latency", "LatencyComparison", "Ratio", "Sample", "measure_files", "measure_latency", "width_warning"]
+
+REFERENCE = "onnxruntime"
 NUM_ROUNDS = 6
 BURST = 4
-MAX_WAIT = 0.03  # a run that waited for a CPU for more than this share of its time is not clean
-MIN_CLEAN = 10
-
-
-class Sample(NamedTuple):
-    """One run: elapsed time, CPU time of all threads, time they waited for a CPU (None where no one tells)."""
-
-    wall_ns: float
-    cpu_ns: float
-    wait_ns: float | None
-
-    @property
-    def clean(self) -> bool:
-        """True where the run had the CPU to itself.
-
-        >>> Sample(100.0, 99.0, 1.0).clean, Sample(100.0, 60.0, 40.0).clean, Sample(100.0, 60.0, None).clean
-        (True, False, False)
-        """
-        if self.wait_ns is None:
-            return self.wall_ns <= (1 + MAX_WAIT) * self.cpu_ns
-        return self.wait_ns < MAX_WAIT * self.wall_ns
-
-
-@dataclass(frozen=True)
-class Latency:
-    """How long one run of one file takes.
-
-    Attributes:
-        p20_ms: 20th percentile of wall time (like `p50_ms`, `p80_ms`) over clean samples; over all if under 10 are.
-        cpu_ms: 25th percentile of the CPU time of all threads.
-        clean_share: fraction of the samples that did not wait for a CPU.
-        load_ms: median time to open the file and optimise it.
-    """
-
-    path: Path
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    cpu_ms: float
-    num_samples: int
-    clean_share: float
-    threads: int
-    batch_size: int
-    load_ms: float
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Candidate time over baseline time, with its 95% interval; below 1 the candidate is faster."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class LatencyComparison:
-    """Several files measured side by side.
-
-    Attributes:
-        latencies: one per file.
-        ratios: each file after the first over the first.
-        busy: some file has fewer than 10 clean samples. Wall times are then upper bounds, and with several
-            threads the ratios mean nothing; with one thread they rest on CPU time and hold.
-        runtime: name, version and provider.
-    """
-
-    latencies: tuple[Latency, ...]
-    ratios: tuple[Ratio, ...]
-    num_launches: int
-    busy: bool
-    runtime: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self) | {"latencies": [asdict(x) | {"path": str(x.path)} for x in self.latencies]}
+MIN_WARMUPS = 5
+WARMUP_S = 0.3
+# Of each of many small files. The spread within a launch is small beside what a fresh memory layout makes.
+FEW_WARMUPS = 3
+SHORT_WARMUP_S = 0.004
+MAX_FILES = 128  # in one process: some runtimes keep threads per network
 
 
 class _Launch(NamedTuple):
     """What one fresh process per file measured, in the order of the files."""
 
-    samples: list[list[Sample]]
-    load_ms: list[float]
     runtime: str
+    device: dict[str, str]
+    loaded: list[Loaded]
+    outputs: list[list[NDArray[np.float32]]]
+    samples: list[list[Sample]]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files on a target, and how they are run there."""
+
+    files: tuple[Path, ...]
+    target: Target
+    site: Site
+    how: Conditions
+
+    def start(self) -> AbstractContextManager[Worker]:
+        """A fresh process there."""
+        return start(self.target.name, self.site, self.files, self.how)
+
+    @property
+    def by_cpu_time(self) -> bool:
+        return self.how.threads == 1 and self.target.runtime.on_cpu
+
+
+@contextmanager
+def _on(
+    paths: Sequence[Path | str], target: Target | str, threads: int, batch_size: int, affinity: Sequence[int] | None
+) -> Iterator[_Files]:
+    """The files at `paths` where the target runs them."""
+    files = tuple(Path(path) for path in paths)
+    if min(threads, batch_size) < 1:
+        raise UsageError("latency: need a thread and a batch")
+    for file in files:
+        if not file.is_file():
+            raise MeasurementError(f"{file}: no such file")
+    target = parse_target(target) if isinstance(target, str) else target
+    cpus = None if affinity is None else tuple(affinity)
+    with target.site(files, batch_size) as site:
+        yield _Files(files, target, site, Conditions(threads, batch_size, cpus, target.runtime.options))
 
 
 def measure_latency(
     paths: Sequence[Path | str],
     *,
+    target: Target | str = "onnxruntime",
     threads: int = 1,
     batch_size: int = 1,
+    affinity: Sequence[int] | None = None,
     resolve: float = 0.05,
     min_launches: int = 3,
     max_launches: int = 10,
     max_seconds: float = 60.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyComparison:
-    """Time ONNX files in ONNX Runtime on the CPU, each against the first, on random inputs.
+    """Time network files on a target, each against the first, on random inputs.
 
     A first dimension without a fixed size is the batch; no other may lack one.
 
     Args:
+        affinity: the CPUs to run on; any by default.
         resolve: the smallest effect to tell from none: launches go on until every ratio's interval is narrower
             than +-`resolve`/2.
-        max_seconds: no launch beyond `min_launches` starts that would end later, and each of those is shortened
-            to its share.
+        max_seconds: no launch beyond `min_launches` starts that would end later, and the runs of each of those
+            are cut to their share.
         progress: called after each launch with the number done and the most there can be.
 
     Raises:
-        MeasurementError: a file is missing, is no ONNX file or has inputs of unknown size; ONNX Runtime is
-            missing or crashed.
-        UsageError: no paths, no threads, no batch, or fewer than two launches asked for.
+        MeasurementError: a file is missing, is none that the target runs, or has inputs of unknown size; the
+            runtime is missing, crashed, or computes something else.
+        UsageError: no such target, no paths, no threads, no batch, or fewer than two launches asked for.
     """
-    files = [Path(path) for path in paths]
-    if not 2 <= min_launches <= max_launches or min(len(files), threads, batch_size) < 1:
-        raise UsageError("latency: need 2 <= min_launches <= max_launches, a file, a thread and a batch")
-    for file in files:
-        if not file.is_file():
-            raise MeasurementError(f"{file}: no such file")
+    if not paths or not 2 <= min_launches <= max_launches:
+        raise UsageError("latency: need a file and 2 <= min_launches <= max_launches")
     order = random.Random(0)
     launches: list[_Launch] = []
-    start = time.monotonic()
-    for num_launches in range(1, max_launches + 1):
-        launches.append(_launch(files, order, threads, batch_size, max_seconds / min_launches))
-        if progress:
-            progress(num_launches, max_launches)
-        if num_launches < min_launches:
-            continue
-        ratios, busy = compare([launch.samples for launch in launches], threads)
-        resolved = all(math.log(ratio.high / ratio.low) < resolve for ratio in ratios)
-        next_end = (time.monotonic() - start) * (1 + 1 / num_launches)
-        if resolved or next_end > max_seconds:
-            break
-    latencies = []
-    for i, file in enumerate(files):
-        samples = [sample for launch in launches for sample in launch.samples[i]]
-        load_ms = median(launch.load_ms[i] for launch in launches)
-        latencies.append(summarize(file, samples, threads=threads, batch_size=batch_size, load_ms=load_ms))
-    return LatencyComparison(tuple(latencies), ratios, len(launches), busy, launches[0].runtime)
-
-
-def _launch(files: Sequence[Path], order: random.Random, threads: int, batch_size: int, max_seconds: float) -> _Launch:
-    """One fresh process per file; all idle but the one whose turn it is."""
-    start = time.monotonic()
-    with ExitStack() as stack:
-        asks, loads = [], []
-        for file in files:
-            ask = stack.enter_context(_worker(file))
-            command = {"path": str(file), "threads": threads, "batch_size": batch_size, "seed": 0}
-            loads.append(ask({"command": "load", **command}))
-            asks.append(ask)
-        samples: list[list[Sample]] = [[] for _ in files]
-        for _ in range(NUM_ROUNDS):
-            for i in order.sample(range(len(files)), len(files)):
-                burst = asks[i]({"command": "run", "num_samples": BURST})["samples"]
-                samples[i] += [Sample(*sample) for sample in burst]
-            if time.monotonic() - start > max_seconds:
+    with _on(paths, target, threads, batch_size, affinity) as on:
+        begin = time.monotonic()
+        for num_launches in range(1, max_launches + 1):
+            launches.append(_launch(on, order, max_seconds / min_launches))
+            if progress:
+                progress(num_launches, max_launches)
+            if num_launches < min_launches:
+                continue
+            ratios, busy = compare([launch.samples for launch in launches], by_cpu_time=on.by_cpu_time, resolve=resolve)
+            next_end = (time.monotonic() - begin) * (1 + 1 / num_launches)
+            if all(ratio.resolved for ratio in ratios) or next_end > max_seconds:
                 break
-    return _Launch(samples, [load["load_ms"] for load in loads], loads[0]["runtime"])
+    errors = _output_errors(on, launches[0].outputs)
+    latencies = tuple(
+        summarize(
+            file,
+            [sample for launch in launches for sample in launch.samples[i]],
+            [launch.loaded[i] for launch in launches],
+            threads=threads,
+            batch_size=batch_size,
+            output_error=errors[i],
+        )
+        for i, file in enumerate(on.files)
+    )
+    first = launches[0]
+    return LatencyComparison(
+        latencies, ratios, len(launches), busy, first.runtime, on.target.name, first.device, on.how.affinity, resolve
+    )
 
 
-@contextmanager
-def _worker(file: Path) -> Iterator[Callable[[Mapping[str, object]], dict[str, Any]]]:
-    """A process that runs one file, as a function from command to answer; killed at the end, whatever happens."""
-    with TemporaryFile() as stderr:
-        # -P: the worker's own folder must not shadow other modules. A session of its own: Ctrl-C comes to us.
-        arguments = [sys.executable, "-P", str(WORKER)]
-        process = Popen(arguments, bufsize=0, stdin=PIPE, stdout=PIPE, stderr=stderr, start_new_session=True)
-        stdin, stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-        with process:
-
-            def ask(command: Mapping[str, object]) -> dict[str, Any]:
-                try:
-                    stdin.write(json.dumps(command).encode() + b"\n")
-                    answer = stdout.readline()
-                except BrokenPipeError:
-                    answer = b""
-                if answer:
-                    return dict(json.loads(answer))
-                status = process.wait()
-                stderr.seek(0)
-                lines = stderr.read().decode(errors="replace").splitlines()
-                lines = lines or [f"the measuring process ended with status {status}"]
-                # A traceback's last line, less the module path of the exception's class.
-                raise MeasurementError(f"{file}: " + re.sub(r"^(\w+\.)+(?=\w+: )", "", lines[-1]))
-
-            try:
-                yield ask
-            finally:
-                process.kill()
+def _launch(on: _Files, order: random.Random, max_seconds: float) -> _Launch:
+    """One fresh process per file; all idle but the one whose turn it is."""
+    with ExitStack() as stack:
+        processes, loaded = [], []
+        for i in range(len(on.files)):
+            process = stack.enter_context(on.start())
+            loaded.append(process.load(i, min_warmups=MIN_WARMUPS, warmup_s=WARMUP_S))
+            processes.append(process)
+        outputs = [process.outputs(i) for i, process in enumerate(processes)]
+        samples: list[list[Sample]] = [[] for _ in processes]
+        begin = time.monotonic()
+        for _ in range(NUM_ROUNDS):
+            for i in order.sample(range(len(processes)), len(processes)):
+                samples[i] += processes[i].run(i, BURST)
+            if time.monotonic() - begin > max_seconds:
+                break
+        return _Launch(processes[0].runtime, processes[0].device, loaded, outputs, samples)
 
 
-def summarize(path: Path, samples: Sequence[Sample], *, threads: int, batch_size: int, load_ms: float) -> Latency:
-    """The percentiles of one file's samples.
+def _output_errors(on: _Files, outputs: Sequence[Sequence[NDArray[np.float32]]]) -> list[float | None]:
+    """Of each file, held against the ONNX file of the same name; None where there is none."""
+    reference = parse_target(REFERENCE)
+    if (on.target.runtime, on.target.machine) == (reference.runtime, reference.machine):
+        return [0.0] * len(on.files)
+    onnx_files = [file.with_suffix(".onnx") for file in on.files]
+    known = [i for i, file in enumerate(onnx_files) if file.is_file()]
+    errors: list[float | None] = [None] * len(onnx_files)
+    if not known:
+        return errors
+    with _on([onnx_files[i] for i in known], reference, 1, on.how.batch_size, None) as known_files:
+        for k, i in enumerate(known):
+            with known_files.start() as process:
+                process.load(k, min_warmups=0, warmup_s=0)
+                expected = process.outputs(k)
+            if [y.size for y in outputs[i]] != [y.size for y in expected]:
+                raise MeasurementError(
+                    f"{on.files[i]}: {on.target.name} gives outputs of other sizes than ONNX Runtime"
+                )
+            errors[i] = relative_error(outputs[i], expected)
+            if errors[i] == math.inf:
+                raise MeasurementError(
+                    f"{on.files[i]}: {on.target.name} gives infinite outputs where ONNX Runtime does not"
+                )
+    return errors
 
-    >>> quiet, waited = Sample(2e6, 2e6, 0.0), Sample(9e6, 2e6, 7e6)
-    >>> samples = [quiet] * 15 + [waited] * 5
-    >>> latency = summarize(Path("m.onnx"), samples, threads=1, batch_size=1, load_ms=3.0)
-    >>> latency.p80_ms, latency.cpu_ms, latency.clean_share
-    (2.0, 2.0, 0.75)
-    """
-    clean = [sample for sample in samples if sample.clean]
-    trusted = clean if len(clean) >= MIN_CLEAN else samples
-    p20, p50, p80 = (float(np.percentile([x.wall_ns for x in trusted], q)) / 1e6 for q in (20, 50, 80))
-    cpu = float(np.percentile([sample.cpu_ns for sample in samples], 25)) / 1e6
-    return Latency(path, p20, p50, p80, cpu, len(samples), len(clean) / len(samples), threads, batch_size, load_ms)
 
+def measure_files(
+    paths: Sequence[Path | str],
+    *,
+    target: Target | str = "onnxruntime",
+    threads: int = 1,
+    batch_size: int = 1,
+    affinity: Sequence[int] | None = None,
+    num_launches: int = 2,
+    num_rounds: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Milliseconds that one run of each of many small files takes, measured in some 30 ms per file.
 
-def compare(launches: Sequence[Sequence[Sequence[Sample]]], threads: int) -> tuple[tuple[Ratio, ...], bool]:
-    """Each file's time over the first file's, and whether the machine was too busy for wall times.
+    Files share processes, each loaded once per launch; every round runs all that a process holds, shuffled. A file's
+    time is the lower quartile over a launch's rounds, of CPU time or of clean wall time as in `measure_latency`,
+    averaged over launches.
 
     Args:
-        launches: samples[launch][file], at least two launches.
+        num_launches: times that every file is loaded, beside other files each time.
+        progress: called with the number of files loaded and run through, and how many that will be.
 
-    >>> def launch(baseline, candidate):
-    ...     return [[Sample(ns, ns, 0.0)] * 4 for ns in (baseline, candidate)]
-    >>> (ratio,), busy = compare([launch(100, 50), launch(102, 51), launch(98, 49)], threads=1)
-    >>> round(ratio.value, 9), round(ratio.high - ratio.low, 9), busy
-    (0.5, 0.0, False)
+    Raises:
+        MeasurementError: as `measure_latency`.
+        UsageError: as `measure_latency`.
     """
-    num_clean = [sum(s.clean for samples in file for s in samples) for file in zip(*launches, strict=True)]
-    busy = min(num_clean) < MIN_CLEAN
-    if threads == 1:
-        times = [[_lower_quartile(s.cpu_ns for s in samples) for samples in launch] for launch in launches]
-        return _ratios(times), busy
-    clean = [[[s for s in samples if s.clean] for samples in launch] for launch in launches]
-    usable = [launch for launch in clean if all(launch)]
-    busy = busy or len(usable) < 2
-    chosen = launches if busy else usable
-    return _ratios([[_lower_quartile(s.wall_ns for s in samples) for samples in x] for x in chosen]), busy
+    if min(num_launches, num_rounds) < 1:
+        raise UsageError("latency: need a launch and a round")
+    order = random.Random(0)
+    times_ms: list[list[float]] = [[] for _ in paths]
+    num_done = 0
+    with _on(paths, target, threads, batch_size, affinity) as on:
+        for _ in range(num_launches):
+            shuffled = order.sample(range(len(paths)), len(paths))
+            for first in range(0, len(paths), MAX_FILES):
+                chosen = shuffled[first : first + MAX_FILES]
+                for i, time_ms in _share_process(on, chosen, order, num_rounds):
+                    times_ms[i].append(time_ms)
+                num_done += len(chosen)
+                if progress:
+                    progress(num_done, num_launches * len(paths))
+    return [fmean(times) for times in times_ms]
 
 
-def _lower_quartile(values: Iterable[float]) -> float:
-    return float(np.percentile(list(values), 25))
-
-
-def _ratios(times: Sequence[Sequence[float]]) -> tuple[Ratio, ...]:
-    """t-intervals of the mean log ratio; `times` is [launch][file]."""
-    ratios = []
-    for i in range(1, len(times[0])):
-        logs = [math.log(launch[i] / launch[0]) for launch in times]
-        half_width = float(stdtrit(len(logs) - 1, 0.975)) * stdev(logs) / math.sqrt(len(logs))
-        mean = fmean(logs)
-        ratios.append(Ratio(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width)))
-    return tuple(ratios)
+def _share_process(
+    on: _Files, chosen: Sequence[int], order: random.Random, num_rounds: int
+) -> Iterator[tuple[int, float]]:
+    """Index and milliseconds of each of the chosen files, all loaded by one fresh process."""
+    samples: dict[int, list[Sample]] = {i: [] for i in chosen}
+    with on.start() as process:
+        for i in chosen:
+            process.load(i, min_warmups=FEW_WARMUPS, warmup_s=SHORT_WARMUP_S)
+        for _ in range(num_rounds):
+            for i in order.sample(chosen, len(chosen)):
+                samples[i] += process.run(i, 1)
+    for i, taken in samples.items():
+        if on.by_cpu_time:
+            yield i, lower_quartile(sample.cpu_ns for sample in taken) / 1e6
+        else:
+            clean = [sample for sample in taken if sample.clean]
+            yield i, lower_quartile(sample.wall_ns for sample in clean or taken) / 1e6
 
 
 def width_warning(widths: Mapping[str, int]) -> str | None:

@@ -34,6 +34,7 @@ class Survey:
     recordings: the forward pass in eval mode, and in training mode where that alone uses some parameters.
     coupling: what the rules said about them.
     calls: multiply-accumulates of the eval pass: what only training runs costs nothing at inference.
+    passes: what else takes time in it.
     channels: what is connected.
     groups: group number -> group.
     """
@@ -42,6 +43,7 @@ class Survey:
     recordings: list[Recording]
     coupling: Coupling
     calls: tuple[Product, ...]
+    passes: tuple[Product, ...]
     channels: Channels
     groups: dict[int, ChannelGroup]
 
@@ -55,14 +57,14 @@ def survey(model: nn.Module, inputs: tuple[Any, ...], *, renormalise: bool) -> S
     twin, recordings = _record(model, inputs)
     coupling = Coupling()
     labels = [follow(recordings[0], coupling)]
-    calls = tuple(coupling.macs)
+    calls, passes = tuple(coupling.macs), tuple(coupling.passes)
     labels += [follow(recording, coupling) for recording in recordings[1:]]
     probe = Probe(twin, (inputs, for_training(inputs)), recordings, labels)
     while True:
         channels = connect(coupling, renormalise=renormalise)
         groups = _groups(coupling, channels, recordings)
         if probe.agrees(groups, channels, coupling):
-            return Survey(twin, recordings, coupling, calls, channels, groups)
+            return Survey(twin, recordings, coupling, calls, passes, channels, groups)
 
 
 def living(

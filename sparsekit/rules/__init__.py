@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from sparsekit.coupling import Coupling, Labels
 from sparsekit.record import Op, Recording
 from sparsekit.rules import norms, picks, pointwise, products, shapes, windows
+from sparsekit.rules.passes import passes
 from sparsekit.rules.silence import divisors, stays_zero
 
 Rule = Callable[[Op, Coupling], Sequence[Labels]]
@@ -109,6 +110,7 @@ def follow(recording: Recording, coupling: Coupling) -> dict[int, Labels]:
         coupling.enter(op, used=op in used)
         outputs = RULES.get(op.name, pointwise.no_rule)(op, coupling)
         coupling.divisors += divisors(op, coupling)
+        coupling.passes += passes(op, coupling, outputs)
         coupling.leave(op, outputs, clean=stays_zero(op, coupling, outputs), alias=op.name in _ALIASES)
     coupling.enter(None, used=True)
     for ref in recording.outputs:

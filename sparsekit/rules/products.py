@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsekit.coupling import Coupling, Label, Labels, Product
+from sparsekit.layers import Convolution, Layer, MatrixProduct
 from sparsekit.record import Op, Ref
 
 OPERANDS = {
@@ -18,10 +19,12 @@ OPERANDS = {
 }
 
 
-def _count(coupling: Coupling, op: Op, scale: float, *dims: Label | int | tuple[Ref, int]) -> None:
+def _count(
+    coupling: Coupling, op: Op, scale: float, *dims: Label | int | tuple[Ref, int], layer: Layer | None = None
+) -> None:
     """Note a call that costs `scale` times the product of `dims`; (ref, dim) is that dimension of a tensor."""
     cut: list[Label | int] = []
-    layer: list[Label] = []
+    weight: list[Label] = []
     for dim in dims:
         if not isinstance(dim, tuple):
             cut.append(dim)
@@ -30,8 +33,8 @@ def _count(coupling: Coupling, op: Op, scale: float, *dims: Label | int | tuple[
         label = coupling.labels(ref)[axis]
         cut.append(ref.shape[axis] if label is None else label)
         if label is not None and coupling.is_static(ref):
-            layer.append(label)
-    coupling.macs.append(Product(op.module, scale, tuple(cut), tuple(layer)))
+            weight.append(label)
+    coupling.macs.append(Product(op.module, scale, tuple(cut), tuple(weight), layer))
 
 
 def convolution(op: Op, coupling: Coupling) -> Sequence[Labels]:
@@ -44,20 +47,57 @@ def convolution(op: Op, coupling: Coupling) -> Sequence[Labels]:
     coupling.freeze(w_labels[2:], "the kernel's extent", report=False)
     positions = x if transposed else out
     scale = math.prod(positions.shape[2:]) * math.prod(weight.shape[2:]) * positions.shape[0]
-    _count(coupling, op, scale, (weight, 0), (weight, 1))
+    cut_groups = num_conv_groups > 1 and _cuts_groups(num_conv_groups, x_labels[1], w_labels[0])
+    layer = None if coupling.is_static(x) else _layer(op, static=coupling.is_static(weight), cut_groups=cut_groups)
+    _count(coupling, op, scale, (weight, 0), (weight, 1), layer=layer)
     if num_conv_groups == 1:
         in_dim, out_dim = (0, 1) if transposed else (1, 0)
         coupling.contract((x, x_labels[1]), (weight, w_labels[in_dim]))
         made = w_labels[out_dim]
     else:
-        made = _grouped(op, coupling, (x, x_labels[1]), weight, w_labels)
+        made = _grouped(op, coupling, (x, x_labels[1]), weight, w_labels, cut_groups=cut_groups)
     if bias is not None and made is not None:
         made = coupling.unite(made, coupling.labels(bias)[0])
     return [(None, made, *(None,) * (len(out.shape) - 2))]
 
 
-def _grouped(op: Op, coupling: Coupling, x: tuple[Ref, Label | None], weight: Ref, w_labels: Labels) -> Label | None:
-    """Cut whole convolution groups or the same positions of every group, whichever leaves more channels to choose.
+def _layer(op: Op, *, static: bool, cut_groups: bool) -> Convolution:
+    x, weight, groups = op.args["input"], op.args["weight"], op.args["groups"]
+    return Convolution(
+        extent=x.shape[2:],
+        kernel=weight.shape[2:],
+        stride=tuple(op.args["stride"]),
+        padding=tuple(op.args["padding"]),
+        output_padding=tuple(op.args["output_padding"]),
+        dilation=tuple(op.args["dilation"]),
+        groups=groups,
+        per_group=weight.shape[0] // groups,
+        cut_groups=cut_groups,
+        transposed=op.args["transposed"],
+        static=static,
+        num_inputs=x.shape[0],
+    )
+
+
+def _cuts_groups(num_conv_groups: int, inputs: Label | None, first: Label | None) -> bool:
+    """Whether whole convolution groups leave more channels to choose than the same positions of every group."""
+    if inputs is None or first is None:
+        return False
+    x_groups, first_groups = (label.reshape(num_conv_groups, -1, label.shape[1]) for label in (inputs, first))
+    batched = (x_groups == x_groups[:1]).all() and (first_groups == first_groups[:1]).all()
+    return not batched and num_conv_groups >= x_groups.shape[1]
+
+
+def _grouped(
+    op: Op,
+    coupling: Coupling,
+    x: tuple[Ref, Label | None],
+    weight: Ref,
+    w_labels: Labels,
+    *,
+    cut_groups: bool,
+) -> Label | None:
+    """Cut whole convolution groups or the same positions of every group.
 
     The first dimension of the weight holds all groups, the second the positions of one: [out, in / groups] or,
     transposed, [in, out / groups].
@@ -69,8 +109,7 @@ def _grouped(op: Op, coupling: Coupling, x: tuple[Ref, Label | None], weight: Re
         coupling.freeze([inputs, first, inner], "a grouped convolution meets fixed channels")
         return None
     x_groups, first_groups = (label.reshape(num_conv_groups, -1, label.shape[1]) for label in (inputs, first))
-    batched = num_conv_groups > 1 and (x_groups == x_groups[:1]).all() and (first_groups == first_groups[:1]).all()
-    if not batched and num_conv_groups >= x_groups.shape[1]:
+    if cut_groups:
         groups = coupling.fresh(num_conv_groups)
         _count_groups(op, coupling, groups)
         for column in range(x_groups.shape[1]):
@@ -125,7 +164,7 @@ def matmul(op: Op, coupling: Coupling) -> Sequence[Labels]:
     batch = [_agreed(coupling, *pair) for pair in zip(left_batch, right_batch, strict=True)]
     dims = [left.shape[0] if label is None else label for label in batch]
     inner = (left, -1) if coupling.is_static(left) else (right, -2)
-    _count(coupling, op, 1.0, *dims, (left, -2), inner, (right, -1))
+    _count(coupling, op, 1.0, *dims, (left, -2), inner, (right, -1), layer=_product(coupling, left, right))
     result = [*batch, rows, made]
     if op.name in ("addmm", "baddbmm"):
         added = op.args["self"]
@@ -134,6 +173,13 @@ def matmul(op: Op, coupling: Coupling) -> Sequence[Labels]:
             if added.shape[-back] > 1:
                 result[-back] = _agreed(coupling, result[-back], given[-back])
     return [tuple(result)]
+
+
+def _product(coupling: Coupling, left: Ref, right: Ref) -> MatrixProduct | None:
+    """None where both are known at export, which then does it once and for all."""
+    if coupling.is_static(left):
+        return None if coupling.is_static(right) else MatrixProduct("left")
+    return MatrixProduct("right" if coupling.is_static(right) else None)
 
 
 def _agreed(coupling: Coupling, *labels: Label | None) -> Label | None:
@@ -169,9 +215,9 @@ def attention(op: Op, coupling: Coupling) -> Sequence[Labels]:
     if op.args.get("scale") is None:
         coupling.fix(labels[0][-1], "the default scale follows the size of the attention heads")
     batch = [size if label is None else label for size, label in zip(query.shape, leading, strict=False)]
-    tokens = float(query.shape[-2] * key.shape[-2])
-    _count(coupling, op, tokens, *batch, (query, -1))
-    _count(coupling, op, tokens, *batch, (value, -1))
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    _count(coupling, op, 1.0, *batch, num_queries, (query, -1), num_keys, layer=MatrixProduct(None))
+    _count(coupling, op, 1.0, *batch, num_queries, num_keys, (value, -1), layer=MatrixProduct(None))
     first: Labels = (*leading, None, labels[2][-1])
     statistics: Labels = (*leading, None)  # the logarithm of the sum of each query's scores
     others = [statistics if ref.shape == query.shape[:-1] else (None,) * len(ref.shape) for ref in op.outputs[1:]]
