@@ -10,11 +10,12 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+from numpy.polynomial import Polynomial
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import nn
 
-from sparsekit.budget import Budget, Limit, Metric
+from sparsekit.budget import MEASURED, Budget, Limit, Metric
 from sparsekit.graph import ChannelGraph, CostTerm
 from sparsekit.plan import ChannelGroup
 
@@ -24,7 +25,8 @@ Counts = NDArray[np.int64]  # channels kept per group, in the order of `ChannelG
 class Cost:
     """One metric of one graph, evaluated as sums of products so that a search may call it thousands of times."""
 
-    def __init__(self, terms: tuple[CostTerm, ...], num_groups: int) -> None:
+    def __init__(self, terms: tuple[CostTerm, ...], sizes: Counts) -> None:
+        num_groups, self._sizes = len(sizes), sizes
         self._scale = np.array([term.scale for term in terms])
         self._num_sizes = max((len(term.sizes) for term in terms), default=1)
         products: dict[tuple[int, ...], int] = {(): 0}  # group numbers -> its column
@@ -49,6 +51,18 @@ class Cost:
         sizes = self._per_channel @ np.append(counts, 1)[self._groups].prod(axis=1)
         return float(self._scale @ sizes.reshape(-1, self._num_sizes).prod(axis=1))
 
+    def along(self, counts: Counts, group: int) -> NDArray[np.float64]:
+        """[size of the group], the metric by the group's width, from 1, the others as in `counts`."""
+        # A product of sizes, each of degree 1 in a group's count: a polynomial, known from a few of its values.
+        widths = np.arange(1, self._sizes[group] + 1)
+        nodes = np.unique(np.linspace(1, self._sizes[group], self._num_sizes + 1).round().astype(np.int64))
+        tried = np.repeat(counts[None], len(nodes), axis=0)
+        tried[:, group] = nodes
+        values = [self(row) for row in tried]
+        if len(nodes) == 1:
+            return np.array(values)
+        return Polynomial.fit(nodes, values, len(nodes) - 1)(widths)
+
 
 class Costs:
     """Every metric that follows from channel counts alone."""
@@ -63,13 +77,16 @@ class Costs:
 
     @cached_property
     def _costs(self) -> dict[Metric, Cost]:
-        num_groups = len(self._graph.groups)
-        channels = (CostTerm("channels", 1.0, ({(g,): 1.0},)) for g in range(num_groups))
+        channels = (CostTerm("channels", 1.0, ({(g,): 1.0},)) for g in range(len(self._graph.groups)))
         return {
-            Metric.NUM_MACS: Cost(self._graph.macs, num_groups),
-            Metric.NUM_PARAMS: Cost(self._graph.params, num_groups),
-            Metric.CHANNELS: Cost(tuple(channels), num_groups),
+            Metric.NUM_MACS: Cost(self._graph.macs, self.dense),
+            Metric.NUM_PARAMS: Cost(self._graph.params, self.dense),
+            Metric.CHANNELS: Cost(tuple(channels), self.dense),
         }
+
+    def __getitem__(self, metric: Metric) -> Cost:
+        """One of them."""
+        return self._costs[metric]
 
     def __call__(self, metric: Metric, counts: Counts) -> float:
         """`metric` when group g keeps `counts[g]` channels; MACs are per example."""
@@ -81,9 +98,12 @@ class Costs:
 
 
 def absolute(budget: Budget, graph: ChannelGraph) -> Budget:
-    """`budget` with the fractions in it taken of this graph's costs."""
+    """`budget` with the fractions in it taken of this graph's costs; those of a file's stay fractions."""
     limits = (
-        Limit(limit.metric, limit.resolve(_dense(limit.metric, graph)), relative=False) for limit in budget.limits
+        limit
+        if limit.metric in MEASURED
+        else Limit(limit.metric, limit.resolve(_dense(limit.metric, graph)), relative=False)
+        for limit in budget.limits
     )
     return replace(budget, limits=tuple(limits))
 
@@ -132,4 +152,5 @@ def num_params(graph: ChannelGraph, kept: Mapping[ChannelGroup, int] | None = No
 
 def term_value(term: CostTerm, graph: ChannelGraph) -> int:
     """One term of a cost when every channel is kept, such as the MACs of one layer."""
-    return round(Cost((term,), len(graph.groups))(Costs(graph).dense))
+    dense = Costs(graph).dense
+    return round(Cost((term,), dense)(dense))

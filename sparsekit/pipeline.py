@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
@@ -21,11 +22,12 @@ from sparsekit.budget import Budget
 from sparsekit.compaction import Certificate, certify, compact
 from sparsekit.cost import absolute, num_macs, num_nonzero
 from sparsekit.environment import Environment
-from sparsekit.errors import PlanError, UsageError
+from sparsekit.errors import BudgetError, PlanError, QualityError, UsageError
 from sparsekit.export import OnnxFile, export_onnx
+from sparsekit.fitting import Bench, Fitted, fit
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.ingredients import build, build_pruner, recovery_images
-from sparsekit.latency import Latency, LatencyComparison, measure_latency, width_warning
+from sparsekit.latency import Latency, LatencyComparison, width_warning
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners import UNSTRUCTURED
 from sparsekit.recipe import Recipe
@@ -66,7 +68,7 @@ def compress(
     inputs = example_inputs or (task.example_inputs if task else ())
     if not inputs:
         raise UsageError("compress: without a task, example_inputs must be given")
-    _check_budget(model, recipe, inputs)
+    _check_budget(model, recipe, inputs, task)
     with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="sparsekit-") as folder:
         stages = Stages(recipe, recipe.fingerprint(), Path(folder), progress)
         return _compress(copy.deepcopy(model).cpu().eval(), recipe, stages.watch(task), inputs, stages, images)
@@ -109,7 +111,7 @@ def run(
         _check_same(recipe, out, report.recipe_hash == recipe_hash)
         return report
     model, task, inputs = build(recipe, progress=progress)
-    _check_budget(model, recipe, inputs)
+    _check_budget(model, recipe, inputs, task)
     if work_dir.exists() and not continues:
         shutil.rmtree(work_dir)
     with _unfinished(work_dir):
@@ -168,13 +170,16 @@ def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:
         raise UsageError(f"{folder}: was made with other contents of {recipe.weights}; --overwrite starts anew")
 
 
-def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...]) -> None:
-    """Fail before any training where the budget cannot be met."""
+def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...], task: Task | None) -> None:
+    """Fail before any training where the budget cannot be met; limits that are measured are met before any as well."""
     graph, budget = trace(model, inputs, renormalise=recipe.renormalise), Budget.parse(recipe.budget)
+    if budget.accuracy and task is None:
+        raise BudgetError(f"budget {budget.accuracy}: needs data to measure it on")
     if recipe.method in UNSTRUCTURED:
         allocate_weights(graph, budget, scope="global")
     else:
-        allocate(graph, budget, round_to=recipe.round_to)
+        counted = tuple(limit for limit in budget.limits if limit not in budget.measured)
+        allocate(graph, dataclasses.replace(budget, limits=counted), round_to=recipe.round_to)
 
 
 def _compress(
@@ -192,8 +197,15 @@ def _compress(
         before = tidy_plans(dense, inputs)
         tidied = reduce(compact, before, dense)
     graph = trace(tidied, inputs, renormalise=recipe.renormalise)
+    with stages.timed("export dense"):
+        files = [export_onnx(dense, inputs, stages.folder / "dense.onnx")]
+    bench = stages.bench()
+    fitted = Fitted(absolute(Budget.parse(recipe.budget), dense_graph))
+    if fitted.budget.measured:
+        with stages.timed("fit the budget"):
+            fitted = _fitted(tidied, graph, inputs, fitted.budget, files[0], bench, task, round_to=recipe.round_to)
     with stages.timed("prune"):
-        plan = build_pruner(recipe)(graph, absolute(Budget.parse(recipe.budget), dense_graph), task)
+        plan = build_pruner(recipe)(graph, fitted.budget, task)
     small, after, certificate = _cut(tidied, plan, inputs)
     stages.evaluate(small, task, "pruned")
     if recipe.recover != "none":
@@ -203,23 +215,72 @@ def _compress(
         stages.recover(tidied, small, plan, images, task)
     stages.train(ZerosStay(small, plan.nonzero) if plan.nonzero else small, task, "finetune")
     stages.evaluate(small, task, "compact")
+    _check_accuracy(fitted.budget, stages)
     with stages.timed("export"):
-        files = [
-            export_onnx(network, inputs, stages.folder / name)
-            for network, name in ((dense, "dense.onnx"), (small, "model.onnx"))
-        ]
+        files.append(export_onnx(small, inputs, stages.folder / "model.onnx"))
     with stages.timed("latency"):
-        timed = measure_latency(
-            [file.path for file in files],
-            threads=recipe.threads,
-            progress=lambda done, total: stages.progress("latency", done, total, {}),
-        )
+        timed = bench.compare([file.path for file in files], "latency")
     graphs, accuracies = (dense_graph, trace(small, inputs)), map(stages.accuracies.get, ("dense", "compact"))
     sides = zip(graphs, accuracies, files, timed.latencies, strict=True)
     measured = [_measurement(*side, sparse=bool(plan.nonzero)) for side in sides]
     certificate = dataclasses.replace(certificate, onnx_max_relative_error=files[1].max_relative_error)
-    report = _report(recipe, measured, graph, (plan, *after), certificate, timed, stages)
+    widths = _widths(graph, (plan, *after))
+    _check_faster(recipe, timed, plan, widths)
+    report = _report(recipe, measured, graph, plan, widths, certificate, timed, stages)
     return Artifact(small.eval(), plan, files[1].path.read_bytes(), report, recipe, tuple(before), tuple(after))
+
+
+def _fitted(
+    network: nn.Module,
+    graph: ChannelGraph,
+    inputs: tuple[Tensor, ...],
+    budget: Budget,
+    dense: OnnxFile,
+    bench: Bench,
+    task: Task | None,
+    *,
+    round_to: int,
+) -> Fitted:
+    """`fit`, once: a run that goes on must go on with the widths whose training it interrupted."""
+    file = bench.folder / "fitted.json"
+    if file.exists():
+        return Fitted.from_json(json.loads(file.read_text(encoding="utf-8")), budget)
+    fitted = fit(network, graph, inputs, budget, dense, bench, task, round_to=round_to)
+    part = file.with_suffix(".tmp")
+    part.write_text(json.dumps(fitted.to_json()), encoding="utf-8")
+    part.replace(file)
+    return fitted
+
+
+def _check_accuracy(budget: Budget, stages: Stages) -> None:
+    """Refuse a network that is not good enough.
+
+    Raises:
+        QualityError: its accuracy lies below the budget's.
+    """
+    if budget.accuracy is None:
+        return
+    dense, compact = stages.accuracies["dense"], stages.accuracies["compact"]
+    least = budget.accuracy.resolve(dense)
+    if compact < least:
+        raise QualityError(
+            f"budget {budget.accuracy}: the small network reaches {compact:.2%}, needed {least:.2%} (dense {dense:.2%}); "
+            "train longer, recover, or allow more milliseconds"
+        )
+
+
+def _check_faster(recipe: Recipe, timed: LatencyComparison, plan: PruningPlan, widths: Sequence[Width]) -> None:
+    """Refuse a network that is not faster than the one that came in.
+
+    Raises:
+        QualityError: its latency ratio is not below 1 by more than the noise.
+    """
+    ratio = timed.ratios[0]
+    if recipe.allow_slower or plan.nonzero or ratio.high < 1:
+        return
+    found = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the dense network's latency"
+    why = width_warning({width.layer: width.kept for width in widths}) or "what was cut is little of its time"
+    raise QualityError(f"the small network takes {found}, so it is not written: {why}; --allow-slower writes it")
 
 
 def _cut(
@@ -243,6 +304,12 @@ def _cut(
     return small, after, dataclasses.replace(worst, groups=groups)
 
 
+def _widths(graph: ChannelGraph, plans: Sequence[PruningPlan]) -> tuple[Width, ...]:
+    """How many channels of every group all plans together left."""
+    kept = {name: count for plan in plans for name, count in plan.kept.items()}
+    return tuple(Width(group.name, group.size, kept.get(group.name, group.size)) for group in graph.groups)
+
+
 def _measurement(
     graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency, *, sparse: bool
 ) -> Measurement:
@@ -262,22 +329,21 @@ def _report(
     recipe: Recipe,
     measured: list[Measurement],
     graph: ChannelGraph,
-    plans: tuple[PruningPlan, ...],
+    plan: PruningPlan,
+    widths: tuple[Width, ...],
     certificate: Certificate,
     timed: LatencyComparison,
     stages: Stages,
 ) -> Report:
-    kept = {name: count for plan in plans for name, count in plan.kept.items()}
-    widths = {group.name: kept.get(group.name, group.size) for group in graph.groups}
     # The ONNX files lie in a folder that is gone when someone reads this.
     latencies = tuple(dataclasses.replace(latency, path=Path(latency.path.name)) for latency in timed.latencies)
     timed, ratio = dataclasses.replace(timed, latencies=latencies), timed.ratios[0]
-    warnings = [width_warning(widths)]
+    warnings = [width_warning({width.layer: width.kept for width in widths})]
     if ratio.value > 1 / 1.05:
         warnings.append(f"the small network is not clearly faster: latency ratio {ratio.value:.2f}")
     if timed.busy:
         warnings.append("the machine was busy while latency was measured: wall times are upper bounds")
-    fixed = next((group.fixed_by for group, keep in plans[0].keep.items() if group.fixed_by and not keep.all()), None)
+    fixed = next((group.fixed_by for group, keep in plan.keep.items() if group.fixed_by and not keep.all()), None)
     if fixed:
         warnings.append(f"the small network is a recorded program, not the network's own class: {fixed}")
     if certificate.renormalised:
@@ -292,7 +358,7 @@ def _report(
         recipe_hash=stages.recipe_hash,
         certificate=certificate.to_json(),
         latency=timed.to_json() | {"ratio": dataclasses.asdict(ratio)},
-        widths=tuple(Width(group.name, group.size, widths[group.name]) for group in graph.groups),
+        widths=widths,
         history=stages.history,
         accuracies=stages.accuracies,
         refusals=tuple(dataclasses.asdict(refusal) for refusal in graph.refusals),

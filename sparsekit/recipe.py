@@ -78,7 +78,9 @@ class Recipe:
         weight_decay: in all training.
         label_smoothing: in all training, in [0, 1).
         precision: see `Schedule.precision`.
-        threads: of ONNX Runtime while latency is measured.
+        target: the runtime, and the machine, that latency is measured on, see `parse_target`.
+        threads: of the runtime meanwhile.
+        allow_slower: also write a small network that is not faster than the dense one.
         seed: of everything drawn.
 
     Raises:
@@ -120,7 +122,9 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     precision: str = "auto"
+    target: str = "onnxruntime"
     threads: int = 1
+    allow_slower: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -56,6 +56,8 @@ def allocate(graph: ChannelGraph, budget: Budget, *, round_to: int = 1) -> dict[
     """
     if round_to < 1:
         raise BudgetError(f"round_to must be at least 1, got {round_to}")
+    if budget.measured:
+        raise BudgetError(f"budget {budget.measured[0]}: is measured on the exported file; use sparsekit.compress")
     for limit in budget.limits:
         if limit.metric is Metric.NUM_NONZERO:
             raise BudgetError(

@@ -14,10 +14,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sparsekit import training
+from sparsekit.fitting import Bench
 from sparsekit.ingredients import build_schedule, follow
 from sparsekit.plan import PruningPlan
 from sparsekit.recipe import Recipe
 from sparsekit.recovery import RECOVERIES, recover
+from sparsekit.targets import parse_target
 from sparsekit.task import Progress, Record, Schedule, Task
 
 
@@ -83,6 +85,15 @@ class Stages:
         if task is not None:
             with self.timed(f"evaluate {name}"):
                 self.accuracies[name] = task.evaluate(network)
+
+    def bench(self) -> Bench:
+        """Where the recipe's files are timed.
+
+        Raises:
+            UsageError: an unknown target.
+            MeasurementError: one whose runtime is not installed.
+        """
+        return Bench(parse_target(self._recipe.target), self._recipe.threads, self.folder, self.progress)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsekit import pipeline
+from sparsekit import fitting, pipeline
 from sparsekit.artifact import FILES, load
 from sparsekit.cli import commands, main
 from sparsekit.errors import ExportError, MeasurementError, QualityError
@@ -35,7 +35,7 @@ VERBS = sorted(commands.commands)
 bench_module, compress_module = (import_module(f"sparsekit.cli.{verb}") for verb in ("bench", "compress"))
 # Enough dense epochs that a run can be caught in the middle.
 NAMES = ("--model", f"{tiny.FILE}:network", "--data", f"{tiny.FILE}:task")
-TINY = (*NAMES, "--dense-epochs", "60", "--epochs", "2")
+TINY = (*NAMES, "--dense-epochs", "60", "--epochs", "2", "--allow-slower")
 
 
 class Result(NamedTuple):
@@ -68,7 +68,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(autouse=True)
 def quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "measure_latency", tiny.quick_latency)
+    monkeypatch.setattr(fitting, "measure_latency", tiny.quick_latency)
     monkeypatch.setattr(bench_module, "measure_latency", tiny.quick_latency)
 
 
@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run; copy it before changing it."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "measure_latency", tiny.quick_latency)
+        patch.setattr(fitting, "measure_latency", tiny.quick_latency)
         patch.setattr(sys, "argv", ["sparsekit", "compress", *TINY, "--out", str(folder)])
         main()
     return folder

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sparsekit import pipeline
+from sparsekit import fitting, pipeline
 from sparsekit.artifact import FILES, Artifact
+from sparsekit.budget import Metric
 from sparsekit.compaction import compact
-from sparsekit.errors import BudgetError, DataError, PlanError, SparsekitError, TraceError, UsageError
+from sparsekit.cost import Cost, Costs
+from sparsekit.errors import (
+    BudgetError,
+    DataError,
+    PlanError,
+    QualityError,
+    SparsekitError,
+    TraceError,
+    UsageError,
+)
+from sparsekit.graph import ChannelGraph
 from sparsekit.ingredients import build, build_pruner, build_task
+from sparsekit.latency import Latency, LatencyComparison, Ratio
 from sparsekit.pipeline import compress, run
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners.magnitude import Magnitude
@@ -31,7 +43,13 @@ from sparsekit.training import fit
 from tests import tiny
 
 QUICK = Recipe(
-    model=f"{tiny.FILE}:network", data=f"{tiny.FILE}:task", dense_epochs=2, epochs=1, finetune_lr=0.02, seed=3
+    model=f"{tiny.FILE}:network",
+    data=f"{tiny.FILE}:task",
+    dense_epochs=2,
+    epochs=1,
+    finetune_lr=0.02,
+    seed=3,
+    allow_slower=True,  # networks this small take what ONNX Runtime itself takes
 )
 DATA_FREE = dataclasses.replace(QUICK, method="magnitude", data=None)
 INPUTS = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),)
@@ -39,7 +57,7 @@ INPUTS = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),)
 
 @pytest.fixture(autouse=True)
 def quick_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "measure_latency", tiny.quick_latency)
+    monkeypatch.setattr(fitting, "measure_latency", tiny.quick_latency)
 
 
 class OwnFit:
@@ -87,7 +105,7 @@ def session() -> Session:
     recipe = dataclasses.replace(QUICK, weights="mine.pt", options={"epsilon": 0.5})
     steps: list[tuple[str, int, int]] = []
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(pipeline, "measure_latency", tiny.quick_latency)
+        patch.setattr(fitting, "measure_latency", tiny.quick_latency)
         patch.setattr(tempfile, "tempdir", folder)
         artifact = compress(model, recipe, task, progress=lambda stage, *n: steps.append((stage, n[0], n[1])))
         left_behind = [path.name for path in Path(folder).rglob("*")]
@@ -201,16 +219,133 @@ def test_a_cut_that_is_not_the_plan_is_refused(monkeypatch: pytest.MonkeyPatch) 
         compress(network(), DATA_FREE, None, example_inputs=INPUTS)
 
 
-def test_a_network_that_becomes_no_faster_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slower(paths: Any, **options: Any) -> Any:
-        timed = tiny.quick_latency(paths, **options)
-        ratio = dataclasses.replace(timed.ratios[0], value=1.2)
-        return dataclasses.replace(timed, ratios=(ratio,), busy=True)
+def timed_as(value: float, low: float, high: float) -> Callable[..., LatencyComparison]:
+    """Times for real, and says otherwise."""
 
-    monkeypatch.setattr(pipeline, "measure_latency", slower)
-    warnings = compress(network(), DATA_FREE, None, example_inputs=INPUTS).report.warnings
-    assert any("not clearly faster: latency ratio 1.20" in warning for warning in warnings)
+    def measure(paths: Any, **options: Any) -> LatencyComparison:
+        timed = tiny.quick_latency(paths, **options)
+        return dataclasses.replace(timed, ratios=(Ratio(value, low, high),), busy=True)
+
+    return measure
+
+
+@pytest.mark.parametrize("ratio", [(1.2, 1.1, 1.3), (0.97, 0.93, 1.01)], ids=["slower", "within the noise"])
+def test_a_network_that_becomes_no_faster_is_not_written(
+    ratio: tuple[float, float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "measure_latency", timed_as(*ratio))
+    recipe = dataclasses.replace(QUICK, method="magnitude", allow_slower=False, dense_epochs=0, epochs=0)
+    with pytest.raises(QualityError, match=rf"takes {ratio[0]:.2f}x .* so it is not written: .*--allow-slower"):
+        run(recipe, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    warnings = run(dataclasses.replace(recipe, allow_slower=True), tmp_path / "out").warnings
+    assert any(f"not clearly faster: latency ratio {ratio[0]:.2f}" in warning for warning in warnings)
     assert any("machine was busy" in warning for warning in warnings)
+
+
+def test_a_network_that_is_faster_by_more_than_the_noise_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "measure_latency", timed_as(0.9, 0.85, 0.99))
+    run(dataclasses.replace(QUICK, method="magnitude", allow_slower=False, dense_epochs=0, epochs=0), tmp_path / "out")
+
+
+def test_zeros_alone_are_not_expected_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "measure_latency", timed_as(1.0, 0.9, 1.1))
+    recipe = dataclasses.replace(
+        QUICK, method="magnitude_unstructured", budget="nonzero<=0.5x", epochs=0, allow_slower=False
+    )
+    compress(network(), recipe, tiny.task())
+
+
+def test_a_network_below_the_budgets_accuracy_is_not_written(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(QUICK, method="magnitude", budget="macs<=0.3x and accuracy>=99.9%")
+    with pytest.raises(QualityError, match=r"accuracy>=99.9%: the small network reaches .*, needed 99.90% \(dense"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BudgetError, match="accuracy>=99.9%: needs data to measure it on"):
+        compress(network(), recipe, None, example_inputs=INPUTS)
+
+
+# latency as the budget; the machine is one whose time follows the widths
+
+
+class Machine:
+    """Times files by their bytes, which follow the number of weights; knows how often it was asked."""
+
+    def __init__(self) -> None:
+        self.num_compared = 0
+
+    def measure(self, paths: Sequence[Path], **options: Any) -> LatencyComparison:
+        self.num_compared += len(paths) > 1
+        sizes = [path.stat().st_size for path in paths]
+        latencies = tuple(
+            Latency(path, *[size / 1e4] * 4, num_samples=9, clean_share=1.0, threads=1, batch_size=1, load_ms=1.0)
+            for path, size in zip(paths, sizes, strict=True)
+        )
+        ratios = tuple(Ratio(size / sizes[0], 0.99 * size / sizes[0], 1.01 * size / sizes[0]) for size in sizes[1:])
+        return LatencyComparison(latencies, ratios, num_launches=3, busy=False, runtime="a machine")
+
+    def latencies(self, bench: fitting.Bench, graph: ChannelGraph) -> Cost:
+        """Tables that know nothing of what does not follow the widths."""
+        costs = Costs(graph)
+        return costs[Metric.NUM_MACS]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(fitting, "measure_latency", machine.measure)
+    monkeypatch.setattr(fitting.Bench, "latencies", lambda bench, graph: machine.latencies(bench, graph))
+    return machine
+
+
+def wide() -> tiny.Net:
+    torch.manual_seed(0)
+    return tiny.Net(width=96)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "transport", "neuron_merging", "random"])
+def test_the_file_takes_what_the_budget_allows_whatever_the_method(method: str, machine: Machine) -> None:
+    recipe = dataclasses.replace(QUICK, method=method, budget="latency<=0.6x", epochs=1)
+    report = compress(wide(), recipe, tiny.task()).report
+    ratio = report.ratio["latency_ms"]
+    assert ratio is not None
+    assert 0.95 * 0.6 <= ratio <= 0.6
+    assert report.search[-1]["in_band"]
+
+
+def test_milliseconds_bytes_and_macs_all_hold(machine: Machine) -> None:
+    dense = compress(wide(), dataclasses.replace(DATA_FREE, budget="keep=1"), None, example_inputs=INPUTS).report.dense
+    assert dense.latency_ms is not None
+    budget = f"latency<={0.7 * dense.latency_ms:.4f}ms and size<=0.5x and macs<=0.6x"
+    report = compress(wide(), dataclasses.replace(DATA_FREE, budget=budget), None, example_inputs=INPUTS).report
+    assert report.ratio["size_bytes"] is not None and 0.475 <= report.ratio["size_bytes"] <= 0.5
+    assert report.compact.num_macs <= 0.6 * dense.num_macs
+    assert report.compact.latency_ms is not None and report.compact.latency_ms <= 0.7 * dense.latency_ms
+
+
+def test_a_keep_pattern_holds_beside_milliseconds(machine: Machine) -> None:
+    budget = "latency<=0.6x and conv1=0.75"
+    report = compress(wide(), dataclasses.replace(DATA_FREE, budget=budget), None, example_inputs=INPUTS).report
+    assert {width.layer: width.kept for width in report.widths}["conv1"] == 72
+
+
+def test_a_run_that_goes_on_keeps_the_widths_that_it_found(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise SparsekitError("stop here")
+
+    recipe = dataclasses.replace(QUICK, budget="latency<=0.8x")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_check_accuracy", crash)
+        with pytest.raises(SparsekitError, match="stop here"):
+            run(recipe, tmp_path / "out")
+    num_compared = machine.num_compared
+    report = run(recipe, tmp_path / "out", resume=True)
+    assert machine.num_compared == num_compared + 1
+    assert len(report.search) == num_compared
 
 
 # run: from names to a folder
@@ -253,7 +388,7 @@ def test_a_run_that_fails_later_keeps_the_old_folder_and_its_epochs_and_continue
     out.mkdir()
     (out / "notes.txt").write_text("of the old run")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", crash)
+        patch.setattr(fitting, "measure_latency", crash)
         with pytest.raises(OSError, match="No space left on device"):
             run(QUICK, out, overwrite=True)
     assert {path.name for path in partial.iterdir()} >= {"dense.ckpt", "prune.ckpt", "finetune.ckpt"}
@@ -275,7 +410,7 @@ def test_the_work_to_resume_must_be_of_the_same_weights(tmp_path: Path, monkeypa
     weights = tmp_path / "w.pt"
     torch.save(network().state_dict(), weights)
     recipe = dataclasses.replace(QUICK, weights=str(weights))
-    monkeypatch.setattr(pipeline, "export_onnx", crash)
+    monkeypatch.setattr(fitting, "measure_latency", crash)
     with pytest.raises(SparsekitError, match="stop here"):
         run(recipe, tmp_path / "out")
     torch.save(tiny.Net().state_dict(), weights)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekit import pipeline
+from sparsekit import fitting
 from sparsekit.cli import main
 from sparsekit.report import Report
 from tests import tiny
@@ -22,9 +22,19 @@ Cli = Callable[..., tuple[int, str, str]]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run with transport."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    names = ("--model", f"{tiny.FILE}:network", "--data", f"{tiny.FILE}:task", "--dense-epochs", "1", "--epochs", "2")
+    names = (
+        "--model",
+        f"{tiny.FILE}:network",
+        "--data",
+        f"{tiny.FILE}:task",
+        "--dense-epochs",
+        "1",
+        "--epochs",
+        "2",
+        "--allow-slower",
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "measure_latency", tiny.quick_latency)
+        patch.setattr(fitting, "measure_latency", tiny.quick_latency)
         patch.setattr(sys, "argv", ["sparsekit", "compress", *names, "--out", str(folder)])
         main()
     return folder

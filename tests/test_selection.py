@@ -19,7 +19,7 @@ from tests.networks import make
     ("text", "message"),
     [
         ("", "empty"),
-        ("flops<=0.5x", "unknown metric 'flops'; valid: channels, macs, nonzero, params"),
+        ("flops<=0.5x", "unknown metric 'flops'; valid: channels, latency, macs, nonzero, params, size"),
         ("mac<=0.5x", "unknown metric 'mac'; did you mean macs"),
         ("macs<=1.5x", r"a ratio must be in \(0, 1\], got 1.5"),
         ("macs<=0x", "a ratio must be in"),
