@@ -1,8 +1,8 @@
 """A budget of milliseconds or bytes: plan, export, measure the file, correct, until it lies in the band.
 
-A table of layers times says which of two plans is faster long before it says how fast either is in a whole network: what
+Tables of layer times say which of two plans is faster long before they say how fast either is in a whole network: what
 lies between the layers, and what the runtime fuses, is in no table. So the plan is made for a share of the tables' sum,
-and that share is corrected by what the exported file takes: the next share lies on the line through the two candidates
+and that share is corrected by what the exported file takes: the next one lies on the line through the two candidates
 around the budget. Only channel counts matter to both, so that all this happens before any training.
 """
 

@@ -21,6 +21,7 @@ from sparsekit.export import OnnxFile, export_onnx
 from sparsekit.gates import GatedNetwork
 from sparsekit.graph import ChannelGraph
 from sparsekit.latency import LatencyComparison, measure_latency
+from sparsekit.latency_model import Latencies
 from sparsekit.plan import ChannelGroup, PruningPlan
 from sparsekit.pruner import channel_norms, first_images, squared_gradients
 from sparsekit.selection import kept_count
@@ -28,7 +29,7 @@ from sparsekit.surgery import copied
 from sparsekit.targets import Target
 from sparsekit.task import Progress, Task
 from sparsekit.tradeoff import CostOfCounts, damage_curve
-from sparsekit.width_tables import Latencies, measure_tables
+from sparsekit.width_tables import measure_tables
 
 # Images whose gradients say how important channels are; each is a forward and a backward pass of its own.
 NUM_IMAGES = 64

@@ -264,8 +264,8 @@ def _check_accuracy(budget: Budget, stages: Stages) -> None:
     least = budget.accuracy.resolve(dense)
     if compact < least:
         raise QualityError(
-            f"budget {budget.accuracy}: the small network reaches {compact:.2%}, needed {least:.2%} (dense {dense:.2%}); "
-            "train longer, recover, or allow more milliseconds"
+            f"budget {budget.accuracy}: the small network reaches {compact:.2%}, needed {least:.2%} "
+            f"(dense {dense:.2%}); train longer, recover, or allow more milliseconds"
         )
 
 

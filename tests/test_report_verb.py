@@ -35,7 +35,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "measure_latency", tiny.quick_latency)
-        patch.setattr(sys, "argv", ["sparsekit", "compress", *names, "--out", str(folder)])
+        patch.setattr(
+            sys, "argv", ["sparsekit", "compress", *names, "--dense-epochs", "1", "--epochs", "2", "--out", str(folder)]
+        )
         main()
     return folder
 
