@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import chain
 from pathlib import Path
@@ -43,22 +43,29 @@ class Fitted:
 
     Attributes:
         budget: keep ratios that are exact counts, in the place of measured limits.
+        shares: the measured limits, as shares of what the dense file takes.
         candidates: the networks that were measured on the way, see `Candidate`.
     """
 
     budget: Budget
+    shares: Mapping[Metric, float] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        return {"keep": self.budget.keep, "candidates": [candidate.to_json() for candidate in self.candidates]}
+        return {
+            "keep": self.budget.keep,
+            "shares": {metric.value: share for metric, share in self.shares.items()},
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], budget: Budget) -> Fitted:
         """What was fitted of `budget`."""
         keep = tuple((pattern, ratio) for pattern, ratio in values["keep"])
+        shares = {Metric(name): share for name, share in values["shares"].items()}
         candidates = tuple(Candidate(**row) for row in values["candidates"])
-        return cls(replace(budget, limits=(), keep=keep), candidates)
+        return cls(replace(budget, limits=(), keep=keep), shares, candidates)
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,8 @@ def fit(
         break
     sizes = zip(graph.groups, counts.tolist(), strict=True)
     keep = tuple((escape(group.name), count / group.size) for group, count in sizes)
-    return Fitted(replace(budget, limits=(), keep=keep), tuple(candidates))
+    shares = {limit.metric: limit.value for limit in limits if limit.relative}
+    return Fitted(replace(budget, limits=(), keep=keep), shares, tuple(candidates))
 
 
 def importance(
@@ -184,7 +192,8 @@ def importance(
 
 def _costs(graph: ChannelGraph, budget: Budget, bench: Bench) -> dict[Metric, CostOfCounts]:
     """What says how each limited metric grows with the widths."""
-    costs, found = Costs(graph), {}
+    costs = Costs(graph)
+    found: dict[Metric, CostOfCounts] = {}
     for limit in budget.limits:
         if limit.metric is Metric.LATENCY_MS:
             found[limit.metric] = bench.latencies(graph)

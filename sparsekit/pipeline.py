@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
@@ -18,20 +18,20 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from sparsekit.artifact import Artifact
-from sparsekit.budget import Budget
+from sparsekit.budget import Budget, Metric
 from sparsekit.compaction import Certificate, certify, compact
-from sparsekit.cost import absolute, num_macs, num_nonzero
-from sparsekit.environment import Environment
+from sparsekit.cost import absolute
 from sparsekit.errors import BudgetError, PlanError, QualityError, UsageError
 from sparsekit.export import OnnxFile, export_onnx
 from sparsekit.fitting import Bench, Fitted, fit
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.ingredients import build, build_pruner, recovery_images
-from sparsekit.latency import Latency, LatencyComparison, width_warning
+from sparsekit.latency import width_warning
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners import UNSTRUCTURED
 from sparsekit.recipe import Recipe
-from sparsekit.report import Measurement, Report, Width
+from sparsekit.report import Report
+from sparsekit.reporting import Finished, report_of
 from sparsekit.selection import allocate, allocate_weights
 from sparsekit.sparse import ZerosStay
 from sparsekit.stages import Stages
@@ -198,12 +198,12 @@ def _compress(
         tidied = reduce(compact, before, dense)
     graph = trace(tidied, inputs, renormalise=recipe.renormalise)
     with stages.timed("export dense"):
-        files = [export_onnx(dense, inputs, stages.folder / "dense.onnx")]
+        dense_file = export_onnx(dense, inputs, stages.folder / "dense.onnx")
     bench = stages.bench()
     fitted = Fitted(absolute(Budget.parse(recipe.budget), dense_graph))
     if fitted.budget.measured:
         with stages.timed("fit the budget"):
-            fitted = _fitted(tidied, graph, inputs, fitted.budget, files[0], bench, task, round_to=recipe.round_to)
+            fitted = _fitted(tidied, graph, inputs, fitted.budget, dense_file, bench, task, round_to=recipe.round_to)
     with stages.timed("prune"):
         plan = build_pruner(recipe)(graph, fitted.budget, task)
     small, after, certificate = _cut(tidied, plan, inputs)
@@ -217,17 +217,23 @@ def _compress(
     stages.evaluate(small, task, "compact")
     _check_accuracy(fitted.budget, stages)
     with stages.timed("export"):
-        files.append(export_onnx(small, inputs, stages.folder / "model.onnx"))
+        files = (dense_file, export_onnx(small, inputs, stages.folder / "model.onnx"))
     with stages.timed("latency"):
         timed = bench.compare([file.path for file in files], "latency")
-    graphs, accuracies = (dense_graph, trace(small, inputs)), map(stages.accuracies.get, ("dense", "compact"))
-    sides = zip(graphs, accuracies, files, timed.latencies, strict=True)
-    measured = [_measurement(*side, sparse=bool(plan.nonzero)) for side in sides]
-    certificate = dataclasses.replace(certificate, onnx_max_relative_error=files[1].max_relative_error)
-    widths = _widths(graph, (plan, *after))
-    _check_faster(recipe, timed, plan, widths)
-    report = _report(recipe, measured, graph, plan, widths, certificate, timed, stages)
-    return Artifact(small.eval(), plan, files[1].path.read_bytes(), report, recipe, tuple(before), tuple(after))
+    found = Finished(
+        dense=dense_graph,
+        tidied=graph,
+        small=trace(small, inputs),
+        plans=(plan, *after),
+        certificate=certificate,
+        files=files,
+        timed=timed,
+        fitted=fitted,
+        latencies=bench.latencies(graph) if Metric.LATENCY_MS in fitted.shares else None,
+    )
+    _check_faster(recipe, found)
+    onnx = files[1].path.read_bytes()
+    return Artifact(small.eval(), plan, onnx, report_of(found, stages), recipe, tuple(before), tuple(after))
 
 
 def _fitted(
@@ -269,18 +275,18 @@ def _check_accuracy(budget: Budget, stages: Stages) -> None:
         )
 
 
-def _check_faster(recipe: Recipe, timed: LatencyComparison, plan: PruningPlan, widths: Sequence[Width]) -> None:
-    """Refuse a network that is not faster than the one that came in.
+def _check_faster(recipe: Recipe, found: Finished) -> None:
+    """Refuse a network that is not faster than the one that came in; zeros alone are not expected to be.
 
     Raises:
         QualityError: its latency ratio is not below 1 by more than the noise.
     """
-    ratio = timed.ratios[0]
-    if recipe.allow_slower or plan.nonzero or ratio.high < 1:
+    ratio = found.timed.ratios[0]
+    if recipe.allow_slower or found.plans[0].nonzero or ratio.high < 1:
         return
-    found = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the dense network's latency"
-    why = width_warning({width.layer: width.kept for width in widths}) or "what was cut is little of its time"
-    raise QualityError(f"the small network takes {found}, so it is not written: {why}; --allow-slower writes it")
+    takes = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the dense network's latency"
+    why = width_warning(found.kept) or "what was cut is little of its time"
+    raise QualityError(f"the small network takes {takes}, so it is not written: {why}; --allow-slower writes it")
 
 
 def _cut(
@@ -302,66 +308,3 @@ def _cut(
     worst = max(certificates, key=lambda certificate: certificate.max_relative_error)
     groups = {name: exact for certificate in certificates for name, exact in certificate.groups.items()}
     return small, after, dataclasses.replace(worst, groups=groups)
-
-
-def _widths(graph: ChannelGraph, plans: Sequence[PruningPlan]) -> tuple[Width, ...]:
-    """How many channels of every group all plans together left."""
-    kept = {name: count for plan in plans for name, count in plan.kept.items()}
-    return tuple(Width(group.name, group.size, kept.get(group.name, group.size)) for group in graph.groups)
-
-
-def _measurement(
-    graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency, *, sparse: bool
-) -> Measurement:
-    return Measurement(
-        accuracy=accuracy,
-        num_params=sum(parameter.numel() for parameter in graph.model.parameters()),
-        num_macs=num_macs(graph),
-        size_bytes=file.size_bytes,
-        latency_ms=latency.p50_ms,
-        latency_p20_ms=latency.p20_ms,
-        latency_p80_ms=latency.p80_ms,
-        num_nonzero=num_nonzero(graph) if sparse else None,
-    )
-
-
-def _report(
-    recipe: Recipe,
-    measured: list[Measurement],
-    graph: ChannelGraph,
-    plan: PruningPlan,
-    widths: tuple[Width, ...],
-    certificate: Certificate,
-    timed: LatencyComparison,
-    stages: Stages,
-) -> Report:
-    # The ONNX files lie in a folder that is gone when someone reads this.
-    latencies = tuple(dataclasses.replace(latency, path=Path(latency.path.name)) for latency in timed.latencies)
-    timed, ratio = dataclasses.replace(timed, latencies=latencies), timed.ratios[0]
-    warnings = [width_warning({width.layer: width.kept for width in widths})]
-    if ratio.value > 1 / 1.05:
-        warnings.append(f"the small network is not clearly faster: latency ratio {ratio.value:.2f}")
-    if timed.busy:
-        warnings.append("the machine was busy while latency was measured: wall times are upper bounds")
-    fixed = next((group.fixed_by for group, keep in plan.keep.items() if group.fixed_by and not keep.all()), None)
-    if fixed:
-        warnings.append(f"the small network is a recorded program, not the network's own class: {fixed}")
-    if certificate.renormalised:
-        warnings.append(f"{len(certificate.renormalised)} channel groups are normalised anew over what is left of them")
-    if graph.uncounted:
-        warnings.append(f"MACs leave out ops without a rule: {', '.join(graph.uncounted)}")
-    return Report(
-        dense=measured[0],
-        compact=measured[1],
-        environment=Environment.collect(),
-        recipe=dataclasses.asdict(recipe),
-        recipe_hash=stages.recipe_hash,
-        certificate=certificate.to_json(),
-        latency=timed.to_json() | {"ratio": dataclasses.asdict(ratio)},
-        widths=widths,
-        history=stages.history,
-        accuracies=stages.accuracies,
-        refusals=tuple(dataclasses.asdict(refusal) for refusal in graph.refusals),
-        warnings=tuple(filter(None, warnings)),
-        seconds=stages.seconds,
-    )

@@ -27,13 +27,12 @@ class Stages:
     """Runs the stages of one compression and keeps what each said: history, accuracies, seconds."""
 
     def __init__(self, recipe: Recipe, recipe_hash: str, folder: Path, progress: Progress | None) -> None:
-        self.recipe_hash = recipe_hash
+        self.recipe, self.recipe_hash = recipe, recipe_hash
         self.folder = folder
         self.progress = progress or (lambda *_: None)
         self.history: dict[str, list[Record]] = {}
         self.accuracies: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-        self._recipe = recipe
 
     def watch(self, task: Task | None) -> Task | None:
         """The task with a training loop that resumes, reports progress and leaves its history here."""
@@ -51,7 +50,7 @@ class Stages:
             stage: str,
             observe: Callable[[], Record] | None = None,
         ) -> list[Record]:
-            schedule = follow(self._recipe, schedule, stage=stage)
+            schedule = follow(self.recipe, schedule, stage=stage)
             self.history[stage] = fit(model, task, schedule, stage=stage, observe=observe)
             return self.history[stage]
 
@@ -59,7 +58,7 @@ class Stages:
 
     def train(self, network: nn.Module, task: Task | None, stage: Literal["dense", "finetune"]) -> None:
         """Train in place, where there is a task and something to do."""
-        schedule = build_schedule(self._recipe, stage)
+        schedule = build_schedule(self.recipe, stage)
         if task is None or not schedule.epochs:
             return
         with self.timed(stage):
@@ -73,11 +72,11 @@ class Stages:
                 small,
                 plan,
                 images,
-                steps=RECOVERIES[self._recipe.recover],
-                budget_s=math.inf if self._recipe.recover_budget_s is None else self._recipe.recover_budget_s,
+                steps=RECOVERIES[self.recipe.recover],
+                budget_s=math.inf if self.recipe.recover_budget_s is None else self.recipe.recover_budget_s,
                 observe=lambda step: self.evaluate(small, task, f"after {step}"),
                 progress=self.progress,
-                seed=self._recipe.seed,
+                seed=self.recipe.seed,
             )
 
     def evaluate(self, network: nn.Module, task: Task | None, name: str) -> None:
@@ -93,7 +92,7 @@ class Stages:
             UsageError: an unknown target.
             MeasurementError: one whose runtime is not installed.
         """
-        return Bench(parse_target(self._recipe.target), self._recipe.threads, self.folder, self.progress)
+        return Bench(parse_target(self.recipe.target), self.recipe.threads, self.folder, self.progress)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -49,7 +49,8 @@ def damage_curve(scores_C: Tensor, weight: float = 1.0) -> Curve:
     scores = np.sort(scores_C.double().numpy())[::-1]
     shares = np.cumsum(scores if scores.sum() > 0 else np.ones_like(scores))
     shares = np.maximum(shares / shares[-1], 1e-12)
-    return np.maximum(0.0, -weight * np.log(shares)) + 0.0  # no -0.0
+    curve: Curve = np.maximum(0.0, -weight * np.log(shares)) + 0.0  # no -0.0
+    return curve
 
 
 def spend(

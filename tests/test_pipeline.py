@@ -32,7 +32,7 @@ from sparsekit.errors import (
 )
 from sparsekit.graph import ChannelGraph
 from sparsekit.ingredients import build, build_pruner, build_task
-from sparsekit.latency import Latency, LatencyComparison, Ratio
+from sparsekit.latency import LatencyComparison, Ratio
 from sparsekit.pipeline import compress, run
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners.magnitude import Magnitude
@@ -139,8 +139,17 @@ def test_no_file_is_left_behind(session: Session) -> None:
 
 
 def test_progress_names_every_step_in_order(session: Session) -> None:
-    steps = ["evaluate dense", "tidy", "prune", "evaluate pruned", "evaluate compact", "export", "latency"]
-    assert list(dict.fromkeys(stage for stage, *_ in session.steps)) == [*steps[:4], "finetune", *steps[4:]]
+    steps = [
+        "evaluate dense",
+        "tidy",
+        "export dense",
+        "prune",
+        "evaluate pruned",
+        "evaluate compact",
+        "export",
+        "latency",
+    ]
+    assert list(dict.fromkeys(stage for stage, *_ in session.steps)) == [*steps[:5], "finetune", *steps[5:]]
     assert session.steps[-1] == ("latency", 2, 2)
 
 
@@ -224,7 +233,7 @@ def timed_as(value: float, low: float, high: float) -> Callable[..., LatencyComp
 
     def measure(paths: Any, **options: Any) -> LatencyComparison:
         timed = tiny.quick_latency(paths, **options)
-        return dataclasses.replace(timed, ratios=(Ratio(value, low, high),), busy=True)
+        return dataclasses.replace(timed, ratios=(Ratio(value, low, high, resolved=True),), busy=True)
 
     return measure
 
@@ -279,12 +288,15 @@ class Machine:
     def measure(self, paths: Sequence[Path], **options: Any) -> LatencyComparison:
         self.num_compared += len(paths) > 1
         sizes = [path.stat().st_size for path in paths]
+        timed = tiny.quick_latency(paths[:1], **options)
         latencies = tuple(
-            Latency(path, *[size / 1e4] * 4, num_samples=9, clean_share=1.0, threads=1, batch_size=1, load_ms=1.0)
+            dataclasses.replace(timed.latencies[0], path=path, p50_ms=size / 1e4, cpu_ms=size / 1e4)
             for path, size in zip(paths, sizes, strict=True)
         )
-        ratios = tuple(Ratio(size / sizes[0], 0.99 * size / sizes[0], 1.01 * size / sizes[0]) for size in sizes[1:])
-        return LatencyComparison(latencies, ratios, num_launches=3, busy=False, runtime="a machine")
+        ratios = tuple(
+            Ratio(size / sizes[0], 0.99 * size / sizes[0], 1.01 * size / sizes[0], True) for size in sizes[1:]
+        )
+        return dataclasses.replace(timed, latencies=latencies, ratios=ratios, busy=False)
 
     def latencies(self, bench: fitting.Bench, graph: ChannelGraph) -> Cost:
         """Tables that know nothing of what does not follow the widths."""
@@ -312,7 +324,7 @@ def test_the_file_takes_what_the_budget_allows_whatever_the_method(method: str, 
     ratio = report.ratio["latency_ms"]
     assert ratio is not None
     assert 0.95 * 0.6 <= ratio <= 0.6
-    assert report.search[-1]["in_band"]
+    assert report.search[-1].in_band
 
 
 def test_milliseconds_bytes_and_macs_all_hold(machine: Machine) -> None:

@@ -1,0 +1,168 @@
+"""The report of a finished compression, put together from what its stages found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsekit.budget import Metric
+from sparsekit.closed_loop import BAND
+from sparsekit.compaction import Certificate
+from sparsekit.cost import Cost, Costs, num_macs, num_nonzero
+from sparsekit.environment import Environment
+from sparsekit.export import OnnxFile
+from sparsekit.fitting import Fitted
+from sparsekit.graph import ChannelGraph
+from sparsekit.latency import Latency, LatencyComparison, width_warning
+from sparsekit.latency_model import Latencies
+from sparsekit.measured import LayerTime, Measurement, SearchStep, StockNetwork, TargetFacts, Width
+from sparsekit.plan import PruningPlan
+from sparsekit.report import Report
+from sparsekit.stages import Stages
+from sparsekit.staircase import edges
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """What is known when the small network's file has been timed.
+
+    Attributes:
+        dense: the network that came in.
+        tidied: it without what does nothing; the plans are for this one.
+        small: what came of it.
+        plans: the method's, then those that removed what its zeros had emptied.
+        files: of the dense and the small network, as `timed`.
+        fitted: how the budget was met.
+        latencies: times of the tidied network's layers, where they limit the budget.
+        stock: other networks that were timed.
+    """
+
+    dense: ChannelGraph
+    tidied: ChannelGraph
+    small: ChannelGraph
+    plans: tuple[PruningPlan, ...]
+    certificate: Certificate
+    files: tuple[OnnxFile, OnnxFile]
+    timed: LatencyComparison
+    fitted: Fitted
+    latencies: Latencies | None
+    stock: tuple[StockNetwork, ...] = ()
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Channels that are left of each group of the tidied network."""
+        cut = {name: count for plan in self.plans for name, count in plan.kept.items()}
+        return {group.name: cut.get(group.name, group.size) for group in self.tidied.groups}
+
+
+def report_of(found: Finished, stages: Stages) -> Report:
+    """All of it, as values."""
+    # The files lie in a folder that is gone when someone reads this.
+    latencies = tuple(dataclasses.replace(latency, path=Path(latency.path.name)) for latency in found.timed.latencies)
+    timed = dataclasses.replace(found.timed, latencies=latencies)
+    accuracies = map(stages.accuracies.get, ("dense", "compact"))
+    sides = zip((found.dense, found.small), accuracies, found.files, latencies, strict=True)
+    dense, compact = (_measurement(*side, sparse=bool(found.plans[0].nonzero)) for side in sides)
+    certificate = dataclasses.replace(found.certificate, onnx_max_relative_error=found.files[1].max_relative_error)
+    limit = found.fitted.shares.get(Metric.LATENCY_MS)
+    return Report(
+        dense=dense,
+        compact=compact,
+        environment=Environment.collect(),
+        recipe=dataclasses.asdict(stages.recipe),
+        recipe_hash=stages.recipe_hash,
+        certificate=certificate.to_json(),
+        latency=timed.to_json() | {"ratio": dataclasses.asdict(timed.ratios[0])},
+        widths=tuple(_widths(found)),
+        history=stages.history,
+        accuracies=stages.accuracies,
+        refusals=tuple(dataclasses.asdict(refusal) for refusal in found.tidied.refusals),
+        warnings=tuple(_warnings(found, certificate)),
+        seconds=stages.seconds,
+        target=_target(timed),
+        layers=tuple(_layers(found)),
+        search=tuple(_search(found)) if limit else (),
+        latency_band=(BAND * limit, limit) if limit else None,
+        stock=found.stock,
+    )
+
+
+def _measurement(
+    graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency, *, sparse: bool
+) -> Measurement:
+    return Measurement(
+        accuracy=accuracy,
+        num_params=sum(parameter.numel() for parameter in graph.model.parameters()),
+        num_macs=num_macs(graph),
+        size_bytes=file.size_bytes,
+        latency_ms=latency.p50_ms,
+        latency_p20_ms=latency.p20_ms,
+        latency_p80_ms=latency.p80_ms,
+        num_nonzero=num_nonzero(graph) if sparse else None,
+    )
+
+
+def _target(timed: LatencyComparison) -> TargetFacts:
+    latency = timed.latencies[-1]
+    runtime, version = (timed.runtime.split(maxsplit=1) + [""])[:2]
+    return TargetFacts(
+        name=timed.target,
+        runtime=runtime,
+        version=version,
+        precision=latency.precision,
+        threads=latency.threads,
+        device=", ".join(timed.device.values()),
+        output_error=latency.output_error,
+    )
+
+
+def _widths(found: Finished) -> Iterator[Width]:
+    counts = Costs(found.tidied).dense
+    for number, group in enumerate(found.tidied.groups):
+        steps = () if found.latencies is None else tuple(edges(found.latencies.along(counts, number)))
+        yield Width(group.name, group.size, found.kept[group.name], steps)
+
+
+def _layers(found: Finished) -> Iterator[LayerTime]:
+    if found.latencies is None:
+        return
+    costs, kept = Costs(found.tidied), found.kept
+    counts = costs.counts({group: kept[group.name] for group in found.tidied.groups})
+    times = zip(found.latencies.per_layer(costs.dense), found.latencies.per_layer(counts), strict=True)
+    for term, (dense_ms, compact_ms) in zip(found.tidied.macs, times, strict=True):
+        macs = Cost((term,), costs.dense)
+        yield LayerTime(term.name, float(dense_ms), float(compact_ms), round(macs(costs.dense)), round(macs(counts)))
+
+
+def _search(found: Finished) -> Iterator[SearchStep]:
+    latency = Metric.LATENCY_MS.value
+    for candidate in found.fitted.candidates:
+        measured = candidate.measured[latency]
+        low, high = candidate.interval or (measured, measured)
+        yield SearchStep(candidate.predicted[latency], measured, low, high, candidate.macs_ratio, candidate.in_band)
+
+
+def _warnings(found: Finished, certificate: Certificate) -> Iterator[str]:
+    ratio, plan = found.timed.ratios[0], found.plans[0]
+    if found.latencies is None:  # else the widths are measured ones
+        slow = width_warning(found.kept)
+        if slow:
+            yield slow
+    if ratio.value > 1 / 1.05:
+        yield f"the small network is not clearly faster: latency ratio {ratio.value:.2f}"
+    limit = found.fitted.shares.get(Metric.LATENCY_MS)
+    if limit and ratio.low > limit:
+        yield f"the finished file takes {ratio.value:.3f}x, more than the budget's {limit:.3f}x"
+    if found.fitted.candidates and not any(candidate.in_band for candidate in found.fitted.candidates):
+        yield "no widths lie closer to the budget: the steps of the layers' latency are coarser than 5 %"
+    if found.timed.busy:
+        yield "the machine was busy while latency was measured: wall times are upper bounds"
+    fixed = next((group.fixed_by for group, keep in plan.keep.items() if group.fixed_by and not keep.all()), None)
+    if fixed:
+        yield f"the small network is a recorded program, not the network's own class: {fixed}"
+    if certificate.renormalised:
+        yield f"{len(certificate.renormalised)} channel groups are normalised anew over what is left of them"
+    if found.tidied.uncounted:
+        yield f"MACs leave out ops without a rule: {', '.join(found.tidied.uncounted)}"
