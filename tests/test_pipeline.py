@@ -139,17 +139,9 @@ def test_no_file_is_left_behind(session: Session) -> None:
 
 
 def test_progress_names_every_step_in_order(session: Session) -> None:
-    steps = [
-        "evaluate dense",
-        "tidy",
-        "export dense",
-        "prune",
-        "evaluate pruned",
-        "evaluate compact",
-        "export",
-        "latency",
-    ]
-    assert list(dict.fromkeys(stage for stage, *_ in session.steps)) == [*steps[:5], "finetune", *steps[5:]]
+    before = ["evaluate dense", "tidy", "export dense", "prune", "evaluate pruned"]
+    after = ["evaluate compact", "export", "latency"]
+    assert list(dict.fromkeys(stage for stage, *_ in session.steps)) == [*before, "finetune", *after]
     assert session.steps[-1] == ("latency", 2, 2)
 
 
@@ -293,9 +285,8 @@ class Machine:
             dataclasses.replace(timed.latencies[0], path=path, p50_ms=size / 1e4, cpu_ms=size / 1e4)
             for path, size in zip(paths, sizes, strict=True)
         )
-        ratios = tuple(
-            Ratio(size / sizes[0], 0.99 * size / sizes[0], 1.01 * size / sizes[0], True) for size in sizes[1:]
-        )
+        shares = [size / sizes[0] for size in sizes[1:]]
+        ratios = tuple(Ratio(share, 0.99 * share, 1.01 * share, resolved=True) for share in shares)
         return dataclasses.replace(timed, latencies=latencies, ratios=ratios, busy=False)
 
     def latencies(self, bench: fitting.Bench, graph: ChannelGraph) -> Cost:

@@ -220,9 +220,7 @@ def test_a_method_whose_own_rates_hold_for_one_optimizer_takes_no_other() -> Non
     for method, optimizer in (("transport", None), ("transport", "sgd"), ("gmp", "adamw"), ("magnitude", "adamw")):
         build_pruner(Recipe(method=method, optimizer=optimizer))
     for method, other, own in (("transport", "adamw", "sgd"), ("l0", "adamw", "sgd"), ("chipnet", "sgd", "adamw")):
-        message = (
-            f"{method}: optimizer {other!r} would train the method's own parameters at wrong rates; choose {own!r}"
-        )
+        message = f"{method}: optimizer {other!r} would train .* at wrong rates; choose {own!r}"
         with pytest.raises(UsageError, match=message):
             build_pruner(Recipe(method=method, optimizer=other))
 
