@@ -93,6 +93,8 @@ def _seconds(_: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.option("--precision", help="auto, 32-true, bf16-mixed or 16-mixed.")
 @click.option("--target", help="Where latency counts: onnxruntime, openvino, ncnn, torch, ssh://user@host.")
 @click.option("--threads", type=int, help="Of the target's runtime.")
+@click.option("--quantize", help="int8: integers in the finished file; none by default.")
+@click.option("--compare-stock/--no-compare-stock", default=None, help="Also time smaller networks of the family.")
 @click.option("--allow-slower/--no-allow-slower", default=None, help="Write a small network that is no faster, too.")
 @click.option("--seed", type=int, help="Of everything drawn.")
 @click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="TOML file; flags override its keys.")
@@ -130,6 +132,8 @@ def compress(
         return
     out.print(report.table())
     click.echo(report.headline)
+    if report.stock_verdict:
+        click.echo(report.stock_verdict)
     click.echo(f"{folder}/report.html   {folder}/model.onnx   {folder}/recipe.toml")
     for warning in report.warnings:
         warn(warning)

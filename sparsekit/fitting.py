@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import chain
@@ -69,6 +69,14 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """A network's ONNX file, and the file that the target runs of it, which may be the same."""
+
+    onnx: OnnxFile
+    timed: Path
+
+
+@dataclass(frozen=True)
 class Bench:
     """Where files are timed, and how.
 
@@ -77,12 +85,25 @@ class Bench:
         threads: of the runtime.
         folder: where candidates' files are written.
         progress: told of every launch.
+        finish: makes what is shipped of a small network's float file, in integers, say.
     """
 
     target: Target
     threads: int
     folder: Path
     progress: Progress
+    finish: Callable[[OnnxFile], OnnxFile] | None = None
+
+    def write(self, network: nn.Module, inputs: tuple[Tensor, ...], name: str, *, finished: bool = False) -> Exported:
+        """The network as verified ONNX file, and what the target runs of it.
+
+        Raises:
+            ExportError: the network cannot be exported, or not for this target.
+        """
+        file = export_onnx(network, inputs, self.folder / f"{name}.onnx")
+        if finished and self.finish:
+            file = self.finish(file)
+        return Exported(file, self.target.prepare(network, inputs, file.path, self.folder))
 
     def compare(self, paths: Sequence[Path], stage: str, *, resolve: float = 0.05) -> LatencyComparison:
         """Time files against the first."""
@@ -110,7 +131,7 @@ def fit(
     graph: ChannelGraph,
     inputs: tuple[Tensor, ...],
     budget: Budget,
-    dense: OnnxFile,
+    dense: Exported,
     bench: Bench,
     task: Task | None,
     *,
@@ -123,7 +144,7 @@ def fit(
         graph: its channel groups.
         inputs: of one forward pass.
         budget: other limits absolute, see `cost.absolute`.
-        dense: the file that fractions are of.
+        dense: the files that fractions are of.
         bench: where candidates are timed.
         task: tells which layers matter; without it every layer matters the same.
         round_to: widths are multiples of this.
@@ -206,7 +227,7 @@ class _TryOut:
     """Cuts a plan's network, exports it and times the file beside the dense one."""
 
     def __init__(
-        self, network: nn.Module, inputs: tuple[Tensor, ...], dense: OnnxFile, bench: Bench, *, timed: bool
+        self, network: nn.Module, inputs: tuple[Tensor, ...], dense: Exported, bench: Bench, *, timed: bool
     ) -> None:
         self._network, self._inputs, self._dense, self._bench, self._timed = network, inputs, dense, bench, timed
         self._num_tried = 0
@@ -215,26 +236,26 @@ class _TryOut:
         self._num_tried += 1
         stage = f"candidate {self._num_tried}"
         self._bench.progress(stage, 0, 0, {})
-        path = self._bench.folder / "candidate.onnx"
-        file = export_onnx(compact(self._network, plan, self._inputs), self._inputs, path)
-        shares = {Metric.SIZE_BYTES: file.size_bytes / self._dense.size_bytes}
+        small = compact(self._network, plan, self._inputs)
+        files = self._bench.write(small, self._inputs, "candidate", finished=True)
+        shares = {Metric.SIZE_BYTES: files.onnx.size_bytes / self._dense.onnx.size_bytes}
         if not self._timed:
             return Measured(shares)
-        ratio = self._bench.compare([self._dense.path, path], stage, resolve=RESOLVE).ratios[0]
+        ratio = self._bench.compare([self._dense.timed, files.timed], stage, resolve=RESOLVE).ratios[0]
         return Measured(shares | {Metric.LATENCY_MS: ratio.value}, (ratio.low, ratio.high))
 
     def dense_ms(self) -> float:
         """The dense file's latency, in the same terms as the ratio: CPU time on one thread, else wall time."""
-        latency = self._bench.compare([self._dense.path], "latency of the dense network").latencies[0]
+        latency = self._bench.compare([self._dense.timed], "latency of the dense network").latencies[0]
         return latency.cpu_ms if self._bench.threads == 1 else latency.p50_ms
 
 
-def _relative(limit: Limit, dense: OnnxFile, try_out: _TryOut) -> Limit:
+def _relative(limit: Limit, dense: Exported, try_out: _TryOut) -> Limit:
     """A measured limit as a fraction of the dense file's; others as they are."""
     if limit.relative:
         return limit
     if limit.metric is Metric.LATENCY_MS:
         return Limit(limit.metric, limit.value / try_out.dense_ms(), relative=True)
     if limit.metric is Metric.SIZE_BYTES:
-        return Limit(limit.metric, limit.value / dense.size_bytes, relative=True)
+        return Limit(limit.metric, limit.value / dense.onnx.size_bytes, relative=True)
     return limit

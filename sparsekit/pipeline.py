@@ -15,18 +15,21 @@ from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sparsekit.artifact import Artifact
 from sparsekit.budget import Budget, Metric
 from sparsekit.compaction import Certificate, certify, compact
-from sparsekit.cost import absolute
+from sparsekit.cost import absolute, num_macs
 from sparsekit.errors import BudgetError, PlanError, QualityError, UsageError
-from sparsekit.export import OnnxFile, export_onnx
-from sparsekit.fitting import Bench, Fitted, fit
+from sparsekit.fitting import Bench, Exported, Fitted, fit
+from sparsekit.forward import plain
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.ingredients import build, build_pruner, recovery_images
 from sparsekit.latency import width_warning
+from sparsekit.onnx_network import OnnxNetwork
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners import UNSTRUCTURED
 from sparsekit.recipe import Recipe
@@ -35,6 +38,7 @@ from sparsekit.reporting import Finished, report_of
 from sparsekit.selection import allocate, allocate_weights
 from sparsekit.sparse import ZerosStay
 from sparsekit.stages import Stages
+from sparsekit.stock import StockRow, compare_stock, siblings
 from sparsekit.task import Progress, Task
 from sparsekit.tidy import tidy_plans
 
@@ -197,42 +201,47 @@ def _compress(
         before = tidy_plans(dense, inputs)
         tidied = reduce(compact, before, dense)
     graph = trace(tidied, inputs, renormalise=recipe.renormalise)
+    if images is None and (recipe.recover != "none" or recipe.quantize != "none"):
+        with stages.timed("unlabelled images"):
+            images = recovery_images(recipe, tidied, task, inputs, progress=stages.progress)
+    bench = stages.bench(images)
     with stages.timed("export dense"):
-        dense_file = export_onnx(dense, inputs, stages.folder / "dense.onnx")
-    bench = stages.bench()
+        dense_files = bench.write(dense, inputs, "dense")
     fitted = Fitted(absolute(Budget.parse(recipe.budget), dense_graph))
     if fitted.budget.measured:
         with stages.timed("fit the budget"):
-            fitted = _fitted(tidied, graph, inputs, fitted.budget, dense_file, bench, task, round_to=recipe.round_to)
+            fitted = _fitted(tidied, graph, inputs, fitted.budget, dense_files, bench, task, round_to=recipe.round_to)
     with stages.timed("prune"):
         plan = build_pruner(recipe)(graph, fitted.budget, task)
     small, after, certificate = _cut(tidied, plan, inputs)
     stages.evaluate(small, task, "pruned")
-    if recipe.recover != "none":
-        if images is None:
-            with stages.timed("images to recover with"):
-                images = recovery_images(recipe, tidied, task, inputs, progress=stages.progress)
+    if recipe.recover != "none" and images is not None:
         stages.recover(tidied, small, plan, images, task)
     stages.train(ZerosStay(small, plan.nonzero) if plan.nonzero else small, task, "finetune")
     stages.evaluate(small, task, "compact")
-    _check_accuracy(fitted.budget, stages)
     with stages.timed("export"):
-        files = (dense_file, export_onnx(small, inputs, stages.folder / "model.onnx"))
+        small_files = bench.write(small, inputs, "model", finished=True)
+    if recipe.quantize != "none":
+        stages.evaluate(OnnxNetwork(small_files.onnx.path), task, "int8")
+    _check_accuracy(fitted.budget, stages)
     with stages.timed("latency"):
-        timed = bench.compare([file.path for file in files], "latency")
+        timed = bench.compare([dense_files.timed, small_files.timed], "latency")
     found = Finished(
         dense=dense_graph,
         tidied=graph,
         small=trace(small, inputs),
         plans=(plan, *after),
         certificate=certificate,
-        files=files,
+        files=(dense_files.onnx, small_files.onnx),
         timed=timed,
         fitted=fitted,
         latencies=bench.latencies(graph) if Metric.LATENCY_MS in fitted.shares else None,
     )
     _check_faster(recipe, found)
-    onnx = files[1].path.read_bytes()
+    if recipe.compare_stock:
+        with stages.timed("stock networks"):
+            found = dataclasses.replace(found, stock=_stock(recipe, dense, inputs, found, bench))
+    onnx = small_files.onnx.path.read_bytes()
     return Artifact(small.eval(), plan, onnx, report_of(found, stages), recipe, tuple(before), tuple(after))
 
 
@@ -241,7 +250,7 @@ def _fitted(
     graph: ChannelGraph,
     inputs: tuple[Tensor, ...],
     budget: Budget,
-    dense: OnnxFile,
+    dense: Exported,
     bench: Bench,
     task: Task | None,
     *,
@@ -258,15 +267,34 @@ def _fitted(
     return fitted
 
 
+def _stock(
+    recipe: Recipe, dense: nn.Module, inputs: tuple[Tensor, ...], found: Finished, bench: Bench
+) -> tuple[StockRow, ...]:
+    """Smaller networks of the family, timed beside the dense and the small one."""
+    with torch.no_grad():
+        num_classes = tree_leaves(plain(dense(*inputs)))[0].shape[-1]
+    return compare_stock(
+        siblings(recipe.model, inputs, num_classes=num_classes),
+        *(latency.path for latency in found.timed.latencies),
+        num_macs(found.small),
+        inputs,
+        num_classes=num_classes,
+        target=bench.target,
+        threads=bench.threads,
+        progress=lambda name: bench.progress(f"stock network {name}", 0, 0, {}),
+    )
+
+
 def _check_accuracy(budget: Budget, stages: Stages) -> None:
     """Refuse a network that is not good enough.
 
     Raises:
         QualityError: its accuracy lies below the budget's.
     """
-    if budget.accuracy is None:
+    compact = stages.final_accuracy
+    if budget.accuracy is None or compact is None:
         return
-    dense, compact = stages.accuracies["dense"], stages.accuracies["compact"]
+    dense = stages.accuracies["dense"]
     least = budget.accuracy.resolve(dense)
     if compact < least:
         raise QualityError(

@@ -19,6 +19,7 @@ _CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "precision": ("auto", "32-true", "16-mixed", "bf16-mixed"),
     "recover": ("none", "bn", "lsq", "distill"),
+    "quantize": ("none", "int8"),
 }
 
 # The least value of a key, and what it must stay below.
@@ -78,9 +79,11 @@ class Recipe:
         weight_decay: in all training.
         label_smoothing: in all training, in [0, 1).
         precision: see `Schedule.precision`.
+        quantize: "int8" also turns the finished file into integers, whose ranges come from `calibrate`'s images.
         target: the runtime, and the machine, that latency is measured on, see `parse_target`.
         threads: of the runtime meanwhile.
         allow_slower: also write a small network that is not faster than the dense one.
+        compare_stock: also time smaller networks of the same family.
         seed: of everything drawn.
 
     Raises:
@@ -122,9 +125,11 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     precision: str = "auto"
+    quantize: str = "none"
     target: str = "onnxruntime"
     threads: int = 1
     allow_slower: bool = False
+    compare_stock: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -56,6 +56,7 @@ class Report:
         search: the iterations that met a latency budget, within `latency_band` = least and largest ratio to the
             dense network.
         candidates, stock: what stands beside both networks in the chart of accuracy over latency.
+        stock_verdict: whether one of `stock` would have done as well, in one line.
     """
 
     dense: Measurement
@@ -77,6 +78,7 @@ class Report:
     latency_band: tuple[float, float] | None = None
     candidates: tuple[Candidate, ...] = ()
     stock: tuple[StockNetwork, ...] = ()
+    stock_verdict: str = ""
 
     @property
     def ratio(self) -> dict[str, float | None]:

@@ -19,9 +19,11 @@ from sparsekit.latency import Latency, LatencyComparison, width_warning
 from sparsekit.latency_model import Latencies
 from sparsekit.measured import LayerTime, Measurement, SearchStep, StockNetwork, TargetFacts, Width
 from sparsekit.plan import PruningPlan
+from sparsekit.quantization import QuantizedFile
 from sparsekit.report import Report
 from sparsekit.stages import Stages
 from sparsekit.staircase import edges
+from sparsekit.stock import StockRow, verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class Finished:
     timed: LatencyComparison
     fitted: Fitted
     latencies: Latencies | None
-    stock: tuple[StockNetwork, ...] = ()
+    stock: tuple[StockRow, ...] = ()
 
     @property
     def kept(self) -> dict[str, int]:
@@ -62,7 +64,7 @@ def report_of(found: Finished, stages: Stages) -> Report:
     # The files lie in a folder that is gone when someone reads this.
     latencies = tuple(dataclasses.replace(latency, path=Path(latency.path.name)) for latency in found.timed.latencies)
     timed = dataclasses.replace(found.timed, latencies=latencies)
-    accuracies = map(stages.accuracies.get, ("dense", "compact"))
+    accuracies = (stages.accuracies.get("dense"), stages.final_accuracy)
     sides = zip((found.dense, found.small), accuracies, found.files, latencies, strict=True)
     dense, compact = (_measurement(*side, sparse=bool(found.plans[0].nonzero)) for side in sides)
     certificate = dataclasses.replace(found.certificate, onnx_max_relative_error=found.files[1].max_relative_error)
@@ -73,7 +75,7 @@ def report_of(found: Finished, stages: Stages) -> Report:
         environment=Environment.collect(),
         recipe=dataclasses.asdict(stages.recipe),
         recipe_hash=stages.recipe_hash,
-        certificate=certificate.to_json(),
+        certificate=certificate.to_json() | _integers(stages.quantized),
         latency=timed.to_json() | {"ratio": dataclasses.asdict(timed.ratios[0])},
         widths=tuple(_widths(found)),
         history=stages.history,
@@ -85,7 +87,10 @@ def report_of(found: Finished, stages: Stages) -> Report:
         layers=tuple(_layers(found)),
         search=tuple(_search(found)) if limit else (),
         latency_band=(BAND * limit, limit) if limit else None,
-        stock=found.stock,
+        stock=tuple(_stock(found, stages.recipe.data)),
+        stock_verdict=verdict(found.stock, stages.final_accuracy, stages.recipe.data)
+        if stages.recipe.compare_stock
+        else "",
     )
 
 
@@ -102,6 +107,13 @@ def _measurement(
         latency_p80_ms=latency.p80_ms,
         num_nonzero=num_nonzero(graph) if sparse else None,
     )
+
+
+def _integers(file: QuantizedFile | None) -> dict[str, object]:
+    """How far the file in int8 is from the float one, on the images that its ranges come from."""
+    if file is None:
+        return {}
+    return {"int8": dataclasses.asdict(file.difference) | {"float_layers": list(file.float_layers)}}
 
 
 def _target(timed: LatencyComparison) -> TargetFacts:
@@ -134,6 +146,20 @@ def _layers(found: Finished) -> Iterator[LayerTime]:
     for term, (dense_ms, compact_ms) in zip(found.tidied.macs, times, strict=True):
         macs = Cost((term,), costs.dense)
         yield LayerTime(term.name, float(dense_ms), float(compact_ms), round(macs(costs.dense)), round(macs(counts)))
+
+
+def _stock(found: Finished, data: str | None) -> Iterator[StockNetwork]:
+    for row in found.stock:
+        stock = row.stock
+        yield StockNetwork(
+            stock.name,
+            stock.num_macs / num_macs(found.dense),
+            row.latency_ratio,
+            published_accuracy=stock.accuracy,
+            data=stock.data,
+            comparable=stock.accuracy is not None and stock.data == data,
+            note=row.note,
+        )
 
 
 def _search(found: Finished) -> Iterator[SearchStep]:

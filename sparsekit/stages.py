@@ -14,9 +14,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sparsekit import training
+from sparsekit.errors import UsageError
+from sparsekit.export import OnnxFile
 from sparsekit.fitting import Bench
 from sparsekit.ingredients import build_schedule, follow
 from sparsekit.plan import PruningPlan
+from sparsekit.quantization import QuantizedFile, quantize_onnx
 from sparsekit.recipe import Recipe
 from sparsekit.recovery import RECOVERIES, recover
 from sparsekit.targets import parse_target
@@ -33,6 +36,7 @@ class Stages:
         self.history: dict[str, list[Record]] = {}
         self.accuracies: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
+        self.quantized: QuantizedFile | None = None
 
     def watch(self, task: Task | None) -> Task | None:
         """The task with a training loop that resumes, reports progress and leaves its history here."""
@@ -85,14 +89,34 @@ class Stages:
             with self.timed(f"evaluate {name}"):
                 self.accuracies[name] = task.evaluate(network)
 
-    def bench(self) -> Bench:
-        """Where the recipe's files are timed.
+    @property
+    def final_accuracy(self) -> float | None:
+        """Of what is shipped."""
+        return self.accuracies.get("int8", self.accuracies.get("compact"))
+
+    def bench(self, images: Tensor | None) -> Bench:
+        """Where the recipe's files are timed, and how they are finished.
+
+        Args:
+            images: unlabelled, which the ranges of integers come from.
 
         Raises:
-            UsageError: an unknown target.
+            UsageError: an unknown target, or one that takes no ONNX file in int8.
             MeasurementError: one whose runtime is not installed.
         """
-        return Bench(parse_target(self.recipe.target), self.recipe.threads, self.folder, self.progress)
+        target = parse_target(self.recipe.target)
+        if self.recipe.quantize == "none" or images is None:
+            return Bench(target, self.recipe.threads, self.folder, self.progress)
+        if target.runtime.suffix != ".onnx":
+            raise UsageError(f"quantize int8: the target {target.name} takes no ONNX file; choose onnxruntime")
+        return Bench(target, self.recipe.threads, self.folder, self.progress, partial(self._in_integers, images))
+
+    def _in_integers(self, images: Tensor, file: OnnxFile) -> OnnxFile:
+        """The file in int8; its `max_relative_error` stays that of the float file, its distance is in `quantized`."""
+        self.progress("quantize", 0, 0, {})
+        self.quantized = quantize_onnx(file.path, images.cpu(), file.path.with_suffix(".int8.onnx"))
+        found = self.quantized
+        return dataclasses.replace(file, path=found.path, size_bytes=found.size_bytes, num_nodes=found.num_nodes)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
