@@ -273,9 +273,11 @@ def _stock(
     """Smaller networks of the family, timed beside the dense and the small one."""
     with torch.no_grad():
         num_classes = tree_leaves(plain(dense(*inputs)))[0].shape[-1]
+    dense_file, small_file = (latency.path for latency in found.timed.latencies)
     return compare_stock(
         siblings(recipe.model, inputs, num_classes=num_classes),
-        *(latency.path for latency in found.timed.latencies),
+        dense_file,
+        small_file,
         num_macs(found.small),
         inputs,
         num_classes=num_classes,

@@ -18,9 +18,8 @@ from torch import nn
 
 from sparsekit import fitting, pipeline
 from sparsekit.artifact import FILES, Artifact
-from sparsekit.budget import Metric
 from sparsekit.compaction import compact
-from sparsekit.cost import Cost, Costs
+from sparsekit.cost import Cost, Costs, Counts
 from sparsekit.errors import (
     BudgetError,
     DataError,
@@ -289,17 +288,24 @@ class Machine:
         ratios = tuple(Ratio(share, 0.99 * share, 1.01 * share, resolved=True) for share in shares)
         return dataclasses.replace(timed, latencies=latencies, ratios=ratios, busy=False)
 
-    def latencies(self, bench: fitting.Bench, graph: ChannelGraph) -> Cost:
-        """Tables that know nothing of what does not follow the widths."""
-        costs = Costs(graph)
-        return costs[Metric.NUM_MACS]
+
+class MacsAsTime(Cost):
+    """Tables of a machine that takes a nanosecond per MAC, and know nothing of what else it does."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        dense = Costs(graph).dense
+        super().__init__(graph.macs, dense)
+        self._layers = [Cost((term,), dense) for term in graph.macs]
+
+    def per_layer(self, counts: Counts) -> list[float]:
+        return [layer(counts) * 1e-6 for layer in self._layers]
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
     monkeypatch.setattr(fitting, "measure_latency", machine.measure)
-    monkeypatch.setattr(fitting.Bench, "latencies", lambda bench, graph: machine.latencies(bench, graph))
+    monkeypatch.setattr(fitting.Bench, "latencies", lambda bench, graph: MacsAsTime(graph))
     return machine
 
 
