@@ -16,7 +16,7 @@ from sparsekit.closed_loop import BAND, MAX_CANDIDATES, Measured, meet
 from sparsekit.cost import Costs, Counts
 from sparsekit.errors import BudgetError
 from sparsekit.graph import ChannelGraph, trace
-from sparsekit.plan import PruningPlan
+from sparsekit.plan import ChannelGroup, PruningPlan
 from sparsekit.tradeoff import Curve, damage_curve, spend
 
 
@@ -42,7 +42,7 @@ class _Stairs:
         return curve
 
 
-def _flat_damages(graph: ChannelGraph, weights: list[float]) -> dict[object, Curve]:
+def _flat_damages(graph: ChannelGraph, weights: list[float]) -> dict[ChannelGroup, Curve]:
     return {g: damage_curve(torch.ones(g.size), w) for g, w in zip(graph.groups, weights, strict=True)}
 
 
