@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch_pruning
 import torchvision
-from sparsekit.targets import parse_target
 from torch import Tensor, nn
 
 from benchmarks import rows
@@ -37,6 +36,7 @@ from sparsekit.cost import num_macs
 from sparsekit.errors import ExportError, TraceError
 from sparsekit.latency import measure_latency
 from sparsekit.recipe import Recipe
+from sparsekit.targets import parse_target
 
 NETWORKS = ("resnet50", "mobilenet_v2", "efficientnet_b0", "vit_b_16")
 MACS_TOLERANCE, LATENCY_TOLERANCE, MAX_TRIES = 0.005, 0.02, 6

@@ -17,6 +17,7 @@ from sparsekit.fitting import Fitted
 from sparsekit.graph import ChannelGraph
 from sparsekit.latency import Latency, LatencyComparison, width_warning
 from sparsekit.latency_model import Latencies
+from sparsekit.layers import Pass
 from sparsekit.measured import LayerTime, Measurement, SearchStep, StockNetwork, TargetFacts, Width
 from sparsekit.plan import PruningPlan
 from sparsekit.quantization import QuantizedFile
@@ -143,9 +144,10 @@ def _layers(found: Finished) -> Iterator[LayerTime]:
     costs, kept = Costs(found.tidied), found.kept
     counts = costs.counts({group: kept[group.name] for group in found.tidied.groups})
     times = zip(found.latencies.per_layer(costs.dense), found.latencies.per_layer(counts), strict=True)
-    for term, (dense_ms, compact_ms) in zip(found.tidied.macs, times, strict=True):
+    for term, (dense_ms, compact_ms) in zip(found.tidied.timed, times, strict=True):
         macs = Cost((term,), costs.dense)
-        yield LayerTime(term.name, float(dense_ms), float(compact_ms), round(macs(costs.dense)), round(macs(counts)))
+        num_macs = (0, 0) if isinstance(term.layer, Pass) else (round(macs(costs.dense)), round(macs(counts)))
+        yield LayerTime(term.name, float(dense_ms), float(compact_ms), *num_macs)
 
 
 def _stock(found: Finished, data: str | None) -> Iterator[StockNetwork]:

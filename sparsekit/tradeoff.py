@@ -160,7 +160,7 @@ class _Moves:
 def _neighbours(graph: ChannelGraph) -> list[set[int]]:
     """Of each group those that share a layer with it, and itself."""
     found = [{number} for number in range(len(graph.groups))]
-    for term in (*graph.macs, *graph.params):
+    for term in (*graph.macs, *graph.params, *graph.timed):
         together = {number for size in term.sizes for product in size for number in product}
         for number in together:
             found[number] |= together
