@@ -160,10 +160,10 @@ def edges(curve_Q: Array, *, gain: float = 0.02) -> list[int]:
     >>> edges(np.array([3.0, 2.5, 2.0, 2.6]))  # one and two channels are slower than three
     [3, 4]
     """
-    least_Q = np.minimum.accumulate(curve_Q[::-1])[::-1]
     found = [len(curve_Q)]
     while True:
-        faster = np.flatnonzero(least_Q[: found[-1] - 1] < (1 - gain) * least_Q[found[-1] - 1])
+        # What is wider than the one found and narrower than the last is no faster than the last: no plateau of its own.
+        faster = np.flatnonzero(curve_Q[: found[-1] - 1] < (1 - gain) * curve_Q[found[-1] - 1])
         if not len(faster):
             return found[::-1]
         found.append(int(faster[-1]) + 1)
