@@ -22,6 +22,7 @@ from sparsekit.gates import GatedNetwork
 from sparsekit.graph import ChannelGraph
 from sparsekit.latency import LatencyComparison, measure_latency
 from sparsekit.latency_model import Latencies
+from sparsekit.layer_times import Peaks, measure_peaks
 from sparsekit.plan import ChannelGroup, PruningPlan
 from sparsekit.pruner import channel_norms, first_images, squared_gradients
 from sparsekit.selection import kept_count
@@ -114,6 +115,10 @@ class Bench:
             resolve=resolve,
             progress=lambda done, total: self.progress(stage, done, total, {}),
         )
+
+    def peaks(self) -> Peaks:
+        """What the target does at best."""
+        return measure_peaks(self.target, threads=self.threads)
 
     def latencies(self, graph: ChannelGraph) -> Latencies:
         """The times of a network's layers by their widths, from tables that are measured once per machine."""

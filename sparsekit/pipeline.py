@@ -34,7 +34,7 @@ from sparsekit.plan import PruningPlan
 from sparsekit.pruners import UNSTRUCTURED
 from sparsekit.recipe import Recipe
 from sparsekit.report import Report
-from sparsekit.reporting import Finished, report_of
+from sparsekit.reporting import Finished, explained, report_of
 from sparsekit.selection import allocate, allocate_weights
 from sparsekit.sparse import ZerosStay
 from sparsekit.stages import Stages
@@ -237,7 +237,7 @@ def _compress(
         fitted=fitted,
         latencies=bench.latencies(graph) if Metric.LATENCY_MS in fitted.shares else None,
     )
-    _check_faster(recipe, found)
+    _check_faster(recipe, found, bench)
     if recipe.compare_stock:
         with stages.timed("stock networks"):
             found = dataclasses.replace(found, stock=_stock(recipe, dense, inputs, found, bench))
@@ -305,18 +305,21 @@ def _check_accuracy(budget: Budget, stages: Stages) -> None:
         )
 
 
-def _check_faster(recipe: Recipe, found: Finished) -> None:
+def _check_faster(recipe: Recipe, found: Finished, bench: Bench) -> None:
     """Refuse a network that is not faster than the one that came in; zeros alone are not expected to be.
 
     Raises:
-        QualityError: its latency ratio is not below 1 by more than the noise.
+        QualityError: its latency ratio is not below 1 by more than the noise; it says where the time is left.
     """
     ratio = found.timed.ratios[0]
     if recipe.allow_slower or found.plans[0].nonzero or ratio.high < 1:
         return
     takes = f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] the dense network's latency"
-    why = width_warning(found.kept) or "what was cut is little of its time"
-    raise QualityError(f"the small network takes {takes}, so it is not written: {why}; --allow-slower writes it")
+    why = [explained(found, found.latencies or bench.latencies(found.tidied), bench.peaks())]
+    slow = width_warning(found.kept)
+    if slow and found.latencies is None:
+        why.append(slow)
+    raise QualityError(f"the small network takes {takes}, so it is not written: {'; '.join(why)}; --allow-slower does")
 
 
 def _cut(

@@ -17,6 +17,7 @@ from sparsekit.fitting import Fitted
 from sparsekit.graph import ChannelGraph
 from sparsekit.latency import Latency, LatencyComparison, width_warning
 from sparsekit.latency_model import Latencies
+from sparsekit.layer_times import Peaks, layer_times
 from sparsekit.layers import Pass
 from sparsekit.measured import LayerTime, Measurement, SearchStep, StockNetwork, TargetFacts, Width
 from sparsekit.plan import PruningPlan
@@ -85,7 +86,7 @@ def report_of(found: Finished, stages: Stages) -> Report:
         warnings=tuple(_warnings(found, certificate)),
         seconds=stages.seconds,
         target=_target(timed),
-        layers=tuple(_layers(found)),
+        layers=() if found.latencies is None else tuple(_layers(found, found.latencies)),
         search=tuple(_search(found)) if limit else (),
         latency_band=(BAND * limit, limit) if limit else None,
         stock=tuple(_stock(found, stages.recipe.data)),
@@ -138,12 +139,26 @@ def _widths(found: Finished) -> Iterator[Width]:
         yield Width(group.name, group.size, found.kept[group.name], steps)
 
 
-def _layers(found: Finished) -> Iterator[LayerTime]:
-    if found.latencies is None:
-        return
+def explained(found: Finished, latencies: Latencies, peaks: Peaks) -> str:
+    """The three layers that take most of what is left: their time before and after, and what they are bound by.
+
+    >>> _change(LayerTime("conv1", 0.5, 0.25, 100, 50), "compute")
+    'conv1 0.5 -> 0.25 ms, bound by compute'
+    """
+    bounds = {row.name: row.bound for row in layer_times(found.tidied, latencies, peaks)}
+    slowest = sorted(_layers(found, latencies), key=lambda layer: -layer.compact_ms)[:3]
+    return "; ".join(_change(layer, bounds.get(layer.name, "")) for layer in slowest)
+
+
+def _change(layer: LayerTime, bound: str) -> str:
+    cause = f", bound by {bound}" if bound else ""
+    return f"{layer.name} {layer.dense_ms:.3g} -> {layer.compact_ms:.3g} ms{cause}"
+
+
+def _layers(found: Finished, latencies: Latencies) -> Iterator[LayerTime]:
     costs, kept = Costs(found.tidied), found.kept
     counts = costs.counts({group: kept[group.name] for group in found.tidied.groups})
-    times = zip(found.latencies.per_layer(costs.dense), found.latencies.per_layer(counts), strict=True)
+    times = zip(latencies.per_layer(costs.dense), latencies.per_layer(counts), strict=True)
     for term, (dense_ms, compact_ms) in zip(found.tidied.timed, times, strict=True):
         macs = Cost((term,), costs.dense)
         num_macs = (0, 0) if isinstance(term.layer, Pass) else (round(macs(costs.dense)), round(macs(counts)))
