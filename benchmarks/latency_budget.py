@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import os
 import tempfile
 import time
@@ -97,7 +98,7 @@ def _measure(network: str, threads: int, budget: str, target: str, folder: Path,
             "cold_tables": cold,
             "seconds": seconds,
             "seconds_of": dict(report.seconds),
-            "candidates": list(report.search),
+            "candidates": [dataclasses.asdict(step) for step in report.search],
             "num_groups": len(report.widths),
             "latency": {
                 name: {"ratio": ratio.value, "interval": [ratio.low, ratio.high], "macs_ratio": num / dense_macs}
