@@ -43,6 +43,7 @@ WAYS: dict[str, tuple[str, dict[str, object], tuple[str, ...]]] = {
     "column subset, bn": ("column_subset", {}, ("bn",)),
     "column subset, lsq": ("column_subset", {}, ("lsq",)),
     "column subset, bn + bias + lsq": ("column_subset", {}, ("bn", "bias", "lsq")),
+    "l1, bn + bias + lsq + distill": ("magnitude", {"norm": "l1"}, ("bn", "bias", "lsq", "distill")),
     "column subset, bn + bias + lsq + distill": ("column_subset", {}, ("bn", "bias", "lsq", "distill")),
 }
 

@@ -147,7 +147,7 @@ def _latency(times: Sequence[LayerTime]) -> Table:
         plateau = f"{row.edge} of {row.width}: {row.edge_change:+.0%}" if row.edge_change is not None else ""
         gain = "" if row.gain_ms is None else f"{-row.gain_ms:+.3f} ms"
         macs = f"{row.num_macs:,}" if row.num_macs else ""
-        name = f"{row.name} ({row.what})" if row.what else row.name
+        name = f"{row.name} ({row.what})".strip() if row.what else row.name
         table.add_row(name, macs, f"{row.time_ms:.3f}", f"{row.share:.1%}", row.bound, plateau, gain)
     return table
 

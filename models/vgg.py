@@ -5,34 +5,44 @@ Convolutions carry no bias; four poolings and a final average serve any image of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_WIDTHS = (64, 128, 256, 512, 512)
+Activation = Callable[[], nn.Module]
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions, max pooling between them, then `classifier` on 512 features.
+    """Five stages of 3x3 convolutions, max pooling between them, then `classifier` on the features of the last.
 
     Args:
         depths: convolutions per stage.
-        classifier: [N, 512] -> [N, num_classes].
+        classifier: [N, 8 width] -> [N, num_classes].
+        width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
+        activation: makes what follows every BatchNorm.
         in_channels: image channels; images are [N, in_channels, H, W] with H and W at least 16.
     """
 
-    def __init__(self, depths: Sequence[int], classifier: nn.Module, *, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        classifier: nn.Module,
+        *,
+        width: int = 64,
+        activation: Activation = nn.ReLU,
+        in_channels: int = 3,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels
-        for stage, (depth, width) in enumerate(zip(depths, _WIDTHS, strict=True)):
+        for stage, (depth, factor) in enumerate(zip(depths, (1, 2, 4, 8, 8), strict=True)):
             if stage > 0:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(depth):
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
-                layers.append(nn.ReLU())
-                channels = width
+                made = factor * width
+                layers += [nn.Conv2d(channels, made, 3, padding=1, bias=False), nn.BatchNorm2d(made), activation()]
+                channels = made
         self.features = nn.Sequential(*layers)
         self.classifier = classifier
         for module in self.modules():
@@ -50,10 +60,20 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg16(*, num_classes: int = 10, in_channels: int = 3) -> VGG:
-    """13 convolutions and a hidden layer of 512: Linear, BatchNorm, ReLU, Linear."""
-    classifier = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, num_classes))
-    return VGG((2, 2, 3, 3, 3), classifier, in_channels=in_channels)
+def vgg16(*, num_classes: int = 10, in_channels: int = 3, width: int = 64, activation: Activation = nn.ReLU) -> VGG:
+    """13 convolutions and a hidden layer as wide as the last: Linear, BatchNorm, activation, Linear.
+
+    Args:
+        num_classes: outputs.
+        in_channels: image channels.
+        width: channels of the first stage.
+        activation: makes what follows every BatchNorm, such as `nn.Tanh`.
+    """
+    features = 8 * width
+    classifier = nn.Sequential(
+        nn.Linear(features, features), nn.BatchNorm1d(features), activation(), nn.Linear(features, num_classes)
+    )
+    return VGG((2, 2, 3, 3, 3), classifier, width=width, activation=activation, in_channels=in_channels)
 
 
 def vgg19(*, num_classes: int = 10, in_channels: int = 3) -> VGG:

@@ -24,7 +24,7 @@ class Shape:
     Attributes:
         sizes: of the layer's cost term, all channels kept.
         varies: which of them follow channel counts.
-        thorough: it is measured at runs of consecutive widths and on a fine grid, for runtimes that load files fast.
+        thorough: it is measured at runs of consecutive widths and on a fine grid, not at a few widths alone.
     """
 
     layer: Layer

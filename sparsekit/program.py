@@ -6,9 +6,9 @@ such steps, with those numbers rewritten.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparsekit.errors import DataError, PlanError, UsageError
-from sparsekit.steps import Batch, OfModel, Pass, Structure, Value, namedtuple_of, pass_from_json, to_json
+from sparsekit.steps import Batch, OfModel, Pass, Structure, Value, namedtuple_of, pass_from_json, to_json, values
 
 Shape = tuple[int | None, ...]
 
@@ -25,6 +25,9 @@ class Program(nn.Module):
     """A network that replays recorded steps; parameters and buffers keep the names they had.
 
     `train()` and `eval()` choose between the steps recorded in either mode.
+
+    Attributes:
+        evaluated: the pass in eval mode.
     """
 
     def __init__(self, states: Mapping[str, Tensor], evaluated: Pass, trained: Pass | str) -> None:
@@ -36,7 +39,7 @@ class Program(nn.Module):
             trained: the pass in training mode, or why there is none.
         """
         super().__init__()
-        self._evaluated, self._trained = evaluated, trained
+        self.evaluated, self._trained = evaluated, trained
         for name, tensor in states.items():
             module, leaf = self._container(name), name.rpartition(".")[2]
             if isinstance(tensor, nn.Parameter):
@@ -59,23 +62,20 @@ class Program(nn.Module):
             PlanError: in training mode, where that pass could not be recorded.
             UsageError: inputs of another number or shape than those recorded.
         """
-        recorded = self._trained if self.training else self._evaluated
+        recorded = self._trained if self.training else self.evaluated
         if isinstance(recorded, str):
             raise PlanError(f"the program runs in eval mode only: {recorded}")
-        given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        _check(given, recorded.shapes)
-        tensors = dict(zip(recorded.inputs, given, strict=True))
-        for index, name in recorded.states.items():
-            path, _, leaf = name.rpartition(".")
-            tensors[index] = getattr(self.get_submodule(path), leaf)
-        facts = _Facts(tensors, self._batch_size(given), self._device(given), self._dtype(given))
-        for step, (func, args, kwargs), dead in zip(recorded.steps, recorded.calls, recorded.dead, strict=True):
-            with torch.no_grad() if step.no_grad else nullcontext():
-                result = func(*(facts.of(arg) for arg in args), **{name: facts.of(arg) for name, arg in kwargs.items()})
-            tensors |= zip(step.outputs, [result] if isinstance(result, Tensor) else tree_leaves(result), strict=True)
-            for index in dead:
-                del tensors[index]
-        return facts.of(recorded.returned)
+        run = Run(self, recorded, inputs)
+        run.advance(len(recorded.steps))
+        return run.returned
+
+    def begin(self, *inputs: Any) -> Run:
+        """The pass of eval mode on these inputs, before its first step.
+
+        Raises:
+            UsageError: inputs of another number or shape than those recorded.
+        """
+        return Run(self, self.evaluated, inputs)
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, which are in `state_dict()`.
@@ -93,7 +93,7 @@ class Program(nn.Module):
             "parameters": {name: first[id(parameter)] for name, parameter in states.items()},
             "frozen": [name for name, parameter in states.items() if not parameter.requires_grad],
             "buffers": [name for name, _ in self.named_buffers(remove_duplicate=False)],
-            "eval": to_json(self._evaluated),
+            "eval": to_json(self.evaluated),
             "train": to_json(self._trained),
         }
 
@@ -121,15 +121,67 @@ class Program(nn.Module):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"damaged program: {type(error).__name__}: {error}") from error
 
-    def _batch_size(self, given: list[Tensor]) -> int:
-        return next((tensor.shape[0] for tensor in given if tensor.dim()), 1)
 
-    def _device(self, given: list[Tensor]) -> torch.device:
-        return next((tensor.device for tensor in [*given, *self.parameters(), *self.buffers()]), torch.device("cpu"))
+class Run:
+    """A pass of a program under way, which can halt between any two steps.
 
-    def _dtype(self, given: list[Tensor]) -> torch.dtype:
-        tensors = [*self.parameters(), *given]
-        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    Attributes:
+        tensors: those that are still to be read, by index; states are the program's own.
+    """
+
+    def __init__(self, program: Program, recorded: Pass, inputs: tuple[Any, ...]) -> None:
+        given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        _check(given, recorded.shapes)
+        self.tensors = dict(zip(recorded.inputs, given, strict=True))
+        for index, name in recorded.states.items():
+            path, _, leaf = name.rpartition(".")
+            self.tensors[index] = getattr(program.get_submodule(path), leaf)
+        tensors = [*given, *program.parameters(), *program.buffers()]
+        self._recorded, self._num_done = recorded, 0
+        self._facts = _Facts(self.tensors, _batch_size(given), _device(tensors), _dtype(program, given))
+
+    @property
+    def returned(self) -> Any:
+        """What the forward returns, once all steps are done."""
+        return self._facts.of(self._recorded.returned)
+
+    def advance(self, moment: int) -> None:
+        """Run the steps before number `moment`."""
+        tensors, recorded = self.tensors, self._recorded
+        for number in range(self._num_done, moment):
+            tensors |= zip(recorded.steps[number].outputs, self._outputs(number, self._facts), strict=True)
+            for index in recorded.dead[number]:
+                del tensors[index]
+        self._num_done = max(self._num_done, moment)
+
+    def through(self, path: Sequence[int], value: Tensor) -> Tensor:
+        """What the steps of these numbers make of another tensor, each reading what the one before returned.
+
+        The run stays where it is; the steps read no other tensors.
+        """
+        for number in path:
+            (read,) = values(self._recorded.steps[number].args)
+            (value,) = self._outputs(number, replace(self._facts, tensors={read: value}))
+        return value
+
+    def _outputs(self, number: int, facts: _Facts) -> list[Tensor]:
+        func, args, kwargs = self._recorded.calls[number]
+        with torch.no_grad() if self._recorded.steps[number].no_grad else nullcontext():
+            result = func(*(facts.of(arg) for arg in args), **{name: facts.of(arg) for name, arg in kwargs.items()})
+        return [result] if isinstance(result, Tensor) else tree_leaves(result)
+
+
+def _batch_size(given: list[Tensor]) -> int:
+    return next((tensor.shape[0] for tensor in given if tensor.dim()), 1)
+
+
+def _device(tensors: list[Tensor]) -> torch.device:
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _dtype(program: Program, given: list[Tensor]) -> torch.dtype:
+    tensors = [*program.parameters(), *given]
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
 
 
 def _check(given: list[Tensor], shapes: tuple[Shape, ...]) -> None:

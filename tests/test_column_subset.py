@@ -190,16 +190,42 @@ def test_what_it_cannot_do_is_refused_in_words() -> None:
 
 def test_channels_that_no_layer_reads_are_named() -> None:
     class Raw(nn.Module):
-        """Reads with a parameter of its own, not with a layer."""
+        """Reads with a product of batches of matrices, not with one matrix for all."""
 
         def __init__(self) -> None:
             super().__init__()
             self.make, self.read = nn.Linear(3, 6), nn.Parameter(torch.randn(6, 2))
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.make(x) @ self.read
-            return out
+            return torch.einsum("nc,co->no", self.make(x), self.read)
 
     network, images = Raw(), torch.randn(8, 3)
     with pytest.raises(UsageError, match="column_subset: no layer that runs reads group 'make'"):
         ColumnSubset()(trace(network, images), Budget.parse("make=0.5"), images_task(images))
+
+
+def test_attention_is_read_where_no_module_is_called() -> None:
+    """Each head's values are read by the weights of the output projection, a parameter that is used as a tensor."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.inner(x, x, x)[0].mean(1))
+            return out
+
+    torch.manual_seed(0)
+    network, images = Attention().eval(), torch.randn(40, 5, 8)
+    with torch.no_grad():  # what the second head makes is half of what the first one does
+        weight, bias = network.inner.in_proj_weight, network.inner.in_proj_bias
+        for part in (0, 8):
+            weight[part + 4 : part + 8], bias[part + 4 : part + 8] = weight[part : part + 4], bias[part : part + 4]
+        weight[20:24], bias[20:24] = weight[16:20] / 2, bias[16:20] / 2
+    graph = trace(network, images[:2])
+    (heads,) = (group for group in graph.groups if group.size == 2)
+    plan = ColumnSubset(ridge=1e-9)(graph, Budget.parse(f"{heads.name}=0.5"), images_task(images))
+    torch.testing.assert_close(plan.merge[heads][~plan.keep[heads]], torch.full((1, 1), 0.5), rtol=1e-3, atol=0)
+    small = compact(network, plan, images[:2])
+    torch.testing.assert_close(small(images), network(images), rtol=1e-3, atol=1e-4)

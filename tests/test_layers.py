@@ -248,6 +248,14 @@ def test_sums_products_and_norms_are_passes_and_what_runtimes_fuse_or_is_tiny_is
         _run_pass(shape)
 
 
+def test_a_softmax_over_keys_is_no_pass_over_images() -> None:
+    graph = trace(chain(nn.Linear(6, 16), Attention(fused=False)), torch.randn(2, 48, 6))
+    assert [term.layer for term in graph.passes] == [Pass("softmax", num_examples=2)]
+    shape = shape_of(graph.passes[0], Costs(graph).dense)
+    assert shape is not None
+    _run_pass(shape)
+
+
 def _run_pass(shape: Shape) -> None:
     for model in (micro_model(shape.layer, shape.sizes), neighbours_model(shape.layer, shape.sizes)):
         if model is not None:

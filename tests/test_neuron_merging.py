@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -19,12 +20,15 @@ from sparsekit.budget import Budget
 from sparsekit.compaction import certify, compact
 from sparsekit.cost import num_params
 from sparsekit.errors import PlanError, UsageError
+from sparsekit.factory import load_factory
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.ingredients import build_pruner
 from sparsekit.models import MODELS
+from sparsekit.models.vgg import vgg16
 from sparsekit.plan import PruningPlan
 from sparsekit.pruners.neuron_merging import NeuronMerging, nonnegative_factors
 from sparsekit.recipe import Recipe
+from sparsekit.recovery import reestimate_batchnorm
 from sparsekit.selection import allocate
 
 ROOT = Path(__file__).parents[1]
@@ -620,6 +624,44 @@ def test_the_foil_leaves_layers_before_batchnorm_pruned_alone(caplog: pytest.Log
         caplog.clear()
 
 
+ACTIVATIONS = (nn.ReLU, nn.ELU, nn.Hardswish, nn.LeakyReLU, nn.SELU, nn.Softsign, nn.Tanh)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_vgg_merges_whatever_its_activation_and_without_loss_where_channels_repeat(
+    activation: type[nn.Module],
+) -> None:
+    """Filters of a quarter the size, which BatchNorm makes up for: the factor is 1, which every activation lets by."""
+    torch.manual_seed(0)
+    network = randomised(vgg16(width=4, activation=activation))
+    nn.init.normal_(network.get_parameter("classifier.3.weight"))
+    modules = list(network.modules())
+    assert sum(type(module) is activation for module in modules) == 14
+    x = torch.randn(16, 3, 32, 32)
+    for conv, norm in itertools.pairwise(modules):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            half = len(conv.weight) // 2
+            for tensor, factor in ((conv.weight, 4), (norm.weight, 1), (norm.bias, 1)):
+                tensor.data[half:] = tensor.data[:half] / factor
+            norm.eps = 0.0
+    reestimate_batchnorm(network, x)
+    small, plan = merged(network, x, "features.*=0.5", NeuronMerging(bn_mode="exact", strict=True))
+    assert len(plan.merge) == 13
+    torch.testing.assert_close(small(x), network(x), rtol=1e-3, atol=1e-3)
+    assert (compact(network, PruningPlan(plan.keep))(x) - network(x)).abs().max() > 0.1
+    _, plan = merged(network, x, "features.*=0.5", NeuronMerging(strict=True))
+    assert len(plan.merge) == 13
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("vgg16_*-cifar10.toml")), ids=lambda path: path.stem)
+def test_recipes_of_other_activations_name_a_network_that_has_it(path: Path) -> None:
+    recipe = Recipe.from_toml(path)
+    name = path.stem.removeprefix("vgg16_").removesuffix("-cifar10").replace("_", "")
+    with torch.device("meta"):
+        network = load_factory(str(ROOT / recipe.model))()
+    assert sum(type(module).__name__.lower() == name for module in network.modules()) == 14
+
+
 def load(name: str) -> Recipe:
     return Recipe.from_toml(RECIPES / f"{name}.toml")
 
@@ -627,7 +669,9 @@ def load(name: str) -> Recipe:
 def dense_graph(recipe: Recipe) -> ChannelGraph:
     """Of shapes alone, which is all that counts and sizes need."""
     with torch.device("meta"):
-        if recipe.model.startswith("torchvision:"):
+        if ".py:" in recipe.model:
+            network = load_factory(str(ROOT / recipe.model))()
+        elif recipe.model.startswith("torchvision:"):
             network = torchvision.models.get_model(recipe.model.partition(":")[2], weights=None)
         else:
             network = MODELS[recipe.model](num_classes=100 if recipe.data == "cifar100" else 10)
@@ -640,6 +684,7 @@ def dense_graph(recipe: Recipe) -> ChannelGraph:
     ("name", "dense", "small"),
     [
         ("vgg16-cifar10-l1", 14_987_722, 5_397_034),
+        ("vgg16_tanh-cifar10", 14_987_722, 5_397_034),
         ("vgg16_bn-imagenet-p50", 138_365_992, 85_805_352),
         ("vgg16_bn-imagenet-p60", 138_365_992, 75_128_972),
         ("vgg16_bn-imagenet-p70", 138_365_992, 64_657_907),

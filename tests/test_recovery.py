@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -18,16 +16,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.compaction import compact
-from sparsekit.errors import QualityError, TraceError, UsageError
+from sparsekit.errors import QualityError, UsageError
 from sparsekit.graph import trace
 from sparsekit.plan import PruningPlan
 from sparsekit.recovery import agreement, recover, reestimate_batchnorm, repair_bias, unlabelled
 from sparsekit.recovery.distillation import distill
+from sparsekit.recovery.layers import Layer, batch_norms_of, layers_of
 from sparsekit.recovery.least_squares import NormalEquations, reconstruct
-from sparsekit.recovery.lockstep import Stop, visit
-from sparsekit.recovery.receptive_fields import as_matrices, num_positions, rows, write_matrices
+from sparsekit.recovery.lockstep import recorded, visit
+from sparsekit.recovery.receptive_fields import (
+    as_matrices,
+    num_features,
+    num_outputs,
+    num_positions,
+    rows,
+    write_matrices,
+)
 from sparsekit.recovery.synthesis import synthesise_inputs
-from sparsekit.recovery.units import units
+from sparsekit.recovery.units import Unit, units
 from tests import tiny
 
 assert_recovered = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)  # float64, a ridge of 1e-9
@@ -75,6 +81,10 @@ def halved(network: nn.Module, images: Tensor, names: tuple[str, ...] = ("expand
     return compact(network, plan), plan
 
 
+def units_of(dense: nn.Module, small: nn.Module, plan: PruningPlan, images: Tensor) -> list[Unit]:
+    return units(recorded(dense, images[:2]), recorded(small, images[:2]), plan)
+
+
 def state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
@@ -87,49 +97,104 @@ def modes(network: nn.Module) -> list[bool]:
 
 
 def test_a_weight_that_is_changed_at_a_stop_counts_for_every_batch() -> None:
-    network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Identity(), nn.Linear(1, 1, bias=False))
+    network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Sigmoid(), nn.Linear(1, 1, bias=False))
     batches = [torch.ones(1, 1), torch.full((2, 1), 2.0), torch.full((1, 1), 3.0)]
+    program = recorded(network, batches[0])
+    first, second = layers_of(program)
+    stops = [(first.step, first.input), (second.step, second.input), (second.end, second.output)]
     seen = []
-    stops = [Stop("0", "input"), Stop("1", "output"), Stop("2", "input"), Stop("2", "output")]
-    with closing(visit(network, batches, stops)) as visits:
-        for stop, tensors in zip(stops, visits, strict=True):
-            if stop.place == "input":
-                nn.init.constant_(network.get_submodule(stop.name).get_parameter("weight"), 2.0)
-            seen.append([tensor.flatten().tolist() for tensor in tensors])
-    assert seen == [[[1], [2, 2], [3]], [[2], [4, 4], [6]], [[2], [4, 4], [6]], [[4], [8, 8], [12]]]
+    for number, runs in enumerate(visit(program, batches, [moment for moment, _ in stops])):
+        if number < 2:
+            nn.init.constant_(network.get_submodule(("0", "2")[number]).get_parameter("weight"), number + 2.0)
+        seen.append([run.tensors[stops[number][1]].flatten() for run in runs])
+    torch.testing.assert_close(seen[0], [batch.flatten() for batch in batches])
+    torch.testing.assert_close(seen[1], [(2 * batch).sigmoid().flatten() for batch in batches])
+    torch.testing.assert_close(seen[2], [3 * (2 * batch).sigmoid().flatten() for batch in batches])
 
 
-def test_abandoned_passes_leave_no_thread_and_no_hook() -> None:
-    network = nn.Sequential(nn.Identity(), nn.Identity())
-    before = threading.active_count()
-    with closing(visit(network, [torch.zeros(1)] * 3, [Stop("0", "input"), Stop("1", "input")])) as visits:
-        next(visits)
-        assert threading.active_count() == before + 3
-    assert threading.active_count() == before
-    assert not any(module._forward_pre_hooks for module in network.modules())
+def test_a_recording_has_the_networks_own_tensors_and_a_program_is_its_own_recording() -> None:
+    network, images = network_and_images()
+    program = recorded(network, images[:2])
+    ours = dict(program.named_parameters()) | dict(program.named_buffers())
+    theirs = dict(network.named_parameters()) | dict(network.named_buffers())
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] is value for name, value in theirs.items())
+    assert recorded(program, images[:2]) is program
 
 
-def test_what_a_forward_raises_reaches_the_caller() -> None:
-    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 2))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        list(visit(network, [torch.zeros(1, 2)], [Stop("0", "input"), Stop("1", "output")]))
+# --- Layers in recordings
 
 
-def test_a_module_that_some_batch_does_not_call_is_named() -> None:
-    class Sometimes(nn.Module):
+def test_layers_are_found_by_their_products_with_biases_norms_and_streams() -> None:
+    class Many(nn.Module):
+        """One layer of each kind, among things that are none."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.extra = nn.Identity()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+            self.blur = nn.Buffer(torch.rand(4, 1, 3, 3))
+            self.rows, self.plain, self.idle = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+            self.matrix, self.shift = nn.Parameter(torch.rand(4, 5)), nn.Parameter(torch.rand(5))
+            self.table, self.twice, self.scaled = nn.Linear(2, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+            self.scale, self.last = nn.Parameter(torch.rand(())), nn.Parameter(torch.rand(4, 4))
+            self.norm_twice = nn.BatchNorm1d(6)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.extra(x) if x.sum() > 0 else x
+            x = F.conv2d(torch.relu_(self.norm(self.conv(x))), self.blur, padding=1, groups=4)
+            y = x.movedim(1, -1)  # not contiguous, where torch adds the bias behind the product
+            self.idle(y)
+            y = y + self.rows(y)
+            y = y + self.plain(y).roll(1, 2).flip(0)  # flipping is none of the moves that are followed
+            z = y @ self.matrix + self.shift
+            z = self.twice(self.twice(z)) + self.table(torch.ones(1, 2))
+            z = F.linear(z, self.scale * self.scaled.weight, self.scaled.bias).flatten(0, 2)
+            z = torch.addmm(z, z, self.last, beta=2).view(-1, 6, 4)
+            out: Tensor = self.norm_twice(self.norm_twice(z))
             return out
 
-    with pytest.raises(TraceError, match="extra: the forward calls it for some inputs only"):
-        list(visit(Sometimes(), [torch.ones(1), -torch.ones(1)], [Stop("extra", "input")]))
+    program = recorded(Many(), torch.randn(2, 3, 6, 6))
+    found = {layer.name: layer for layer in layers_of(program)}
+    assert list(found) == ["conv", "rows", "plain", "matrix", "twice", "scaled"]
+    assert {name: layer.bias for name, layer in found.items()} == {
+        **{"conv": None, "rows": "rows.bias", "plain": None, "matrix": "shift", "twice": "twice.bias"},
+        "scaled": "scaled.bias",
+    }
+    assert [name for name, layer in found.items() if not layer.is_plain] == ["twice", "scaled"]
+    assert [name for name, layer in found.items() if layer.inputs_first] == ["matrix"]
+    assert [name for name, layer in found.items() if layer.norm] == ["conv"]
+    assert [name for name, layer in found.items() if layer.stream] == ["rows"]
+    assert [norm.name for norm in batch_norms_of(program)] == ["norm"]
+
+
+def test_a_batch_norm_over_the_positions_of_a_linear_layer_is_not_its_own() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.norm(self.linear(x.mT))
+            return out
+
+    (layer,) = layers_of(recorded(Positions(), torch.randn(2, 4, 4)))
+    assert layer.bias == "linear.bias"
+    assert layer.norm is None
 
 
 # --- Layers as matrices
+
+
+class Product(nn.Module):
+    """A linear layer whose weight is not turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(4, 3)), nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x @ self.weight + self.bias
+        return out
+
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...] | None]] = {
     "padded": (nn.Conv2d(4, 6, 3, padding=1), (5, 7)),
@@ -146,34 +211,45 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...] | None]] = {
     ),
     "transposed series": (nn.ConvTranspose1d(4, 2, 3), (5,)),
     "linear": (nn.Linear(4, 3), None),
+    "inputs first": (Product(), None),
 }
+
+
+def alone(module: nn.Module, x: Tensor) -> tuple[Layer, Tensor, Tensor]:
+    """A module's only layer, its input and its output."""
+    program = recorded(module, x)
+    (layer,) = layers_of(program)
+    (read,) = next(visit(program, [x], [layer.step]))
+    (made,) = next(visit(program, [x], [layer.end]))
+    return layer, read.tensors[layer.input], made.tensors[layer.output].detach()
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_its_receptive_fields_times_its_matrix(name: str) -> None:
     torch.manual_seed(0)
     sizes = LAYERS[name][1]
-    layer: Any = copy.deepcopy(LAYERS[name][0]).double()
-    x = torch.randn(3, 5, 2, 4) if sizes is None else torch.randn(3, 4, *sizes)
-    y: Tensor = layer(x.double()).detach()
+    module: Any = copy.deepcopy(LAYERS[name][0]).double()
+    layer, x, y = alone(module, torch.randn(3, *((5, 2, 4) if sizes is None else (4, *sizes)), dtype=torch.float64))
     chosen_NP = torch.randint(num_positions(layer, y, 3), (3, 4))
-    read_GRF, made_GRO = rows(layer, x.double(), y, chosen_NP)
-    product_GRO = read_GRF @ as_matrices(layer)
-    if layer.bias is not None:
-        product_GRO = product_GRO + layer.bias.detach().view(len(made_GRO), 1, -1)
+    read_GRF, made_GRO = rows(layer, module.weight, x, y, chosen_NP)
+    product_GRO = read_GRF @ as_matrices(layer, module.weight)
+    if module.bias is not None:
+        product_GRO = product_GRO + module.bias.detach().view(len(made_GRO), 1, -1)
     assert made_GRO.abs().max() > 0.1
     torch.testing.assert_close(product_GRO, made_GRO)
-    before, matrices = layer.weight.detach().clone(), as_matrices(layer).clone()
-    nn.init.zeros_(layer.weight)
-    write_matrices(layer, matrices)
-    assert torch.equal(layer.weight, before)
+    assert num_outputs(layer, module.weight) == len(made_GRO) * made_GRO.shape[2]
+    assert num_features(layer, module.weight) == read_GRF.shape[2]
+    before, matrices = module.weight.detach().clone(), as_matrices(layer, module.weight).clone()
+    nn.init.zeros_(module.weight)
+    write_matrices(layer, module.weight, matrices)
+    assert torch.equal(module.weight, before)
 
 
 def test_rows_are_the_patches_that_unfold_makes() -> None:
-    layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 6, 6)
-    y: Tensor = layer(x).detach()
-    (read_RF,), (made_RO,) = rows(layer, x, y, torch.arange(9).expand(2, -1))
-    assert torch.equal(read_RF, F.unfold(x, 3, stride=2, padding=1).mT.flatten(0, 1))
+    module, images = nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 6, 6)
+    layer, x, y = alone(module, images)
+    (read_RF,), (made_RO,) = rows(layer, module.weight, x, y, torch.arange(9).expand(2, -1))
+    assert torch.equal(read_RF, F.unfold(images, 3, stride=2, padding=1).mT.flatten(0, 1))
     assert torch.equal(made_RO, y.flatten(2).mT.flatten(0, 1))
 
 
@@ -309,8 +385,8 @@ def test_what_the_stream_has_lost_is_made_up_for_by_the_next_layer_that_adds_to_
     keep = torch.arange(8) < 1  # of rank 1, where 4 are needed
     plan = PruningPlan({group: keep})
     small = compact(network, plan)
-    (unit,) = [unit for unit in units(network, small, plan, x[:2]) if unit.name == "second"]
-    assert unit.stream == Stop("narrow", "output")
+    (unit,) = [unit for unit in units_of(network, small, plan, x) if unit.name == "second"]
+    assert unit.small.stream
     reconstruct(network, small, plan, x, ridge=1e-12)
     assert_recovered(small.eval()(x), network.eval()(x))
 
@@ -346,9 +422,9 @@ def test_reconstruction_brings_every_structure_closer_and_leaves_the_dense_netwo
     done = reconstruct(network, small, plan, images)
     assert done == ["stem", "expand", "depthwise", "project", "grouped", "head"]
     assert error() < pruned / 4
-    for unit in units(network, small, plan, images[:2])[:3]:
+    for unit in units_of(network, small, plan, images)[:3]:
         for name in ("weight", "bias", "running_var"):
-            ours, theirs = (getattr(model.get_submodule(unit.end), name) for model in (small, network))
+            ours, theirs = (getattr(model.get_submodule(f"{unit.name}_norm"), name) for model in (small, network))
             assert torch.equal(ours, theirs[unit.kept]), "a BatchNorm is to see what it was trained for"
     assert (modes(network), modes(small)) == (dense_modes, small_modes)
     assert all(torch.equal(value, before[name]) for name, value in state(network).items())
@@ -364,13 +440,6 @@ def test_layers_that_are_too_wide_shared_or_meant_to_have_zeros_stay_as_they_are
     assert reconstruct(tied, copy.deepcopy(tied), PruningPlan(), torch.randn(8, 3)) == ["2"]
     twice = nn.Sequential(tied[2], nn.Linear(2, 3), tied[2])
     assert reconstruct(twice, copy.deepcopy(twice), PruningPlan(), torch.randn(8, 3)) == ["1"]
-
-
-def test_a_recorded_program_is_refused_in_words() -> None:
-    network, images = network_and_images()
-    program = compact(network.eval(), PruningPlan(), images[:2], as_="graph")
-    with pytest.raises(UsageError, match="recorded program, which has weights but no layers"):
-        reconstruct(network, program, PruningPlan(), images)
 
 
 def test_a_ridge_of_zero_is_refused() -> None:
@@ -410,15 +479,21 @@ def test_repaired_outputs_have_the_dense_means_through_the_whole_network() -> No
     names = ["stem_norm", "expand_norm", "depthwise_norm", "project", "grouped", "head"]
 
     def means(model: nn.Module) -> dict[str, Tensor]:
-        found = {}
-        with closing(visit(model.eval(), [images], [Stop(name, "output") for name in names])) as visits:
-            for name, (output,) in zip(names, visits, strict=True):
-                found[name] = output.transpose(0, 1).flatten(1).mean(1)
+        found: dict[str, Tensor] = {}
+        twin = copy.deepcopy(model).eval()
+        for name in names:
+
+            def note(_: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                found[name] = output.detach().transpose(0, 1).flatten(1).mean(1)
+
+            twin.get_submodule(name).register_forward_hook(note)
+        twin(images)
         return found
 
     expected = means(network)
-    for unit in units(network, small, plan, images[:2]):
-        expected[unit.end] = expected[unit.end][unit.kept]
+    for unit in units_of(network, small, plan, images):
+        end = unit.small.norm.name if unit.small.norm else unit.name
+        expected[end] = expected[end][unit.kept]
     assert any((value - expected[name]).abs().max() > 0.01 for name, value in means(small).items())
     weights = {name: value for name, value in state(small).items() if name.endswith(".weight")}
     assert repair_bias(network, small, plan, images) == ["stem", "expand", "depthwise", "project", "grouped", "head"]

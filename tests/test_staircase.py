@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sparsekit.interpolation import build_tables
+from sparsekit.interpolation import WidthTable, build_tables
 from sparsekit.layer_shapes import Shape, points
 from sparsekit.layers import Convolution, MatrixProduct
 from sparsekit.staircase import edges
@@ -41,16 +41,24 @@ def test_a_slower_kernel_for_widths_that_4_does_not_divide_is_found_between_meas
     np.testing.assert_allclose(table(16, widths), expected, rtol=1e-6)
 
 
+def has_its_plateaus(table: WidthTable) -> bool:
+    curve = table(np.arange(1, 257), table.shape.sizes[1])
+    return set(edges(curve)) <= set(range(16, 257, 16))
+
+
 def test_noise_makes_no_plateaus_and_what_layers_of_a_kind_agree_on_is_found_in_each() -> None:
     generator = np.random.default_rng(0)
-    shapes = [Shape(CONV, (256, into), (True, False)) for into in (8, 16, 32, 64)]
+    shapes = [Shape(CONV, (256, into), (True, False)) for into in (8, 16, 24, 32, 48, 64)]
     measured = {
-        shape: exactly(shape, lambda out, into: padded(out) * into * math.exp(generator.normal(0, 0.04)))
+        shape: exactly(shape, lambda out, into: padded(out) * into * math.exp(generator.normal(0, 0.15)))
         for shape in shapes
     }
-    for shape, table in build_tables(measured).items():
-        assert set(edges(table(np.arange(1, 257), shape.sizes[1]))) <= set(range(16, 257, 16))
-        assert table(256, shape.sizes[1]) == pytest.approx(256 * shape.sizes[1], rel=0.04)
+    alone = {shape: has_its_plateaus(build_tables({shape: measured[shape]})[shape]) for shape in shapes}
+    assert set(alone.values()) == {True, False}  # some are misled by their own noise
+    misled_last = sorted(shapes, key=lambda shape: alone[shape], reverse=True)
+    for shape, table in build_tables({shape: measured[shape] for shape in misled_last}).items():
+        assert has_its_plateaus(table)
+        assert table(256, shape.sizes[1]) == pytest.approx(256 * shape.sizes[1], rel=0.1)
 
 
 def test_measurements_between_grid_lines_do_not_leave_the_crossings() -> None:

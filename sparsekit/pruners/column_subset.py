@@ -19,12 +19,10 @@ problem", arXiv:0812.4293, for the problem.
 # R rows (images x positions), C channels, K of them kept, S steps that drop one; D what a channel is multiplied with
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
 from sparsekit.baking import bake_all
 from sparsekit.budget import Budget
@@ -32,8 +30,10 @@ from sparsekit.errors import UsageError
 from sparsekit.graph import ChannelGraph
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot
 from sparsekit.recovery import unlabelled
+from sparsekit.recovery.layers import layers_of
+from sparsekit.recovery.lockstep import recorded, visit
 from sparsekit.selection import allocate
-from sparsekit.surgery import copied
+from sparsekit.surgery import copied, tensor_of
 from sparsekit.task import Task
 
 _BATCH_SIZE = 128
@@ -136,21 +136,27 @@ def _moments(
 
     Raises:
         UsageError: a group that no convolution or linear layer reads.
+        PlanError: the forward follows the values of tensors, so that it cannot be recorded.
     """
-    network = bake_all(copied(graph.model)).eval()
-    moments: dict[ChannelGroup, list[Tensor]] = {group: [] for group in groups}
-    metrics = {group: torch.zeros(group.size, group.size, dtype=torch.float64) for group in groups}
-    for group in groups:
-        for slot in group.slots:
-            reader = network.get_submodule(slot.tensor.rpartition(".")[0])
-            if slot.read and isinstance(reader, nn.Linear | _ConvNd):
-                weight_CD = reader.get_parameter("weight").detach().double().movedim(slot.dim, 0)[slot.index].flatten(1)
-                metrics[group] += (weight_CD @ weight_CD.T).cpu()
-                reader.register_forward_pre_hook(_gatherer(slot, moments[group]))
+    network = bake_all(copied(graph.model))
     device = next(network.parameters()).device
-    with torch.no_grad():
-        for batch in images.split(_BATCH_SIZE):
-            network(batch.to(device))
+    program = recorded(network, images[:2].to(device))
+    readings = [
+        (layer, group, slot)
+        for layer in layers_of(program)
+        for group in groups
+        for slot in group.slots
+        if slot.read and slot.tensor == layer.weight
+    ]
+    metrics = {group: torch.zeros(group.size, group.size, dtype=torch.float64) for group in groups}
+    for layer, group, slot in readings:
+        weight_CD = tensor_of(program, layer.weight).detach().double().movedim(slot.dim, 0)[slot.index].flatten(1)
+        metrics[group] += (weight_CD @ weight_CD.T).cpu()
+    moments: dict[ChannelGroup, list[Tensor]] = {group: [] for group in groups}
+    for batch in images.split(_BATCH_SIZE):
+        passes = visit(program, [batch.to(device)], [layer.step for layer, _, _ in readings])
+        for (layer, group, slot), (run,) in zip(readings, passes, strict=True):
+            moments[group].append(_second_moments(run.tensors[layer.input].movedim(layer.channel_dim, 0), slot))
     for group, found in moments.items():
         if not found:
             advice = f"keep it whole with '{group.name}=1' in the budget, or choose another method"
@@ -158,15 +164,10 @@ def _moments(
     return {group: (torch.stack(found).mean(0), metrics[group]) for group, found in moments.items()}
 
 
-def _gatherer(slot: Slot, found: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A forward pre-hook for who reads at `slot`: adds the second moments [C, C] of what it is given to `found`."""
-
-    def gather(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        channels_first = inputs[0].movedim(1 if isinstance(layer, _ConvNd) else -1, 0)
-        # Where a convolution has conv groups, a position along its weight is read once in each of them.
-        runs = torch.arange(0, len(channels_first), slot.size)
-        index_CK = (slot.index[:, :, None] + runs).flatten(1)
-        rows_CR = channels_first[index_CK.to(channels_first.device)].flatten(1).double()
-        found.append((rows_CR @ rows_CR.T / rows_CR.shape[1]).cpu())
-
-    return gather
+def _second_moments(channels_first: Tensor, slot: Slot) -> Tensor:
+    """Those of a group's channels, [C, C], in what its reader at `slot` is given."""
+    # Where a convolution has conv groups, a position along its weight is read once in each of them.
+    runs = torch.arange(0, len(channels_first), slot.size)
+    index_CK = (slot.index[:, :, None] + runs).flatten(1)
+    rows_CR = channels_first[index_CK.to(channels_first.device)].flatten(1).double()
+    return (rows_CR @ rows_CR.T / rows_CR.shape[1]).cpu()

@@ -1,8 +1,8 @@
 """Recovery without labels, after any method: BatchNorm re-estimation, bias repair, least squares, distillation.
 
 `recover` runs the steps in order within a budget of seconds and keeps the best state; each step is a function by
-itself. The two networks belong together by the names of their modules; the plan says which channels are left. A
-recorded program has no modules to repair: distillation alone works on it.
+itself. The two networks belong together by the names of their parameters; the plan says which channels are left. All
+steps but distillation look at recordings of the forward, whose ops are the same for a module and a recorded program.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,18 +21,11 @@ from sparsekit.errors import UsageError, nearest
 from sparsekit.forward import plain as opened
 from sparsekit.plan import PruningPlan
 from sparsekit.recovery.distillation import distill
+from sparsekit.recovery.layers import batch_norms_of
 from sparsekit.recovery.least_squares import GoOn, reconstruct
-from sparsekit.recovery.lockstep import Stop, visit
-from sparsekit.recovery.units import (
-    batch_norms,
-    channel_dim,
-    eval_mode,
-    holds_constant,
-    output_scale,
-    shift_output,
-    split,
-    units,
-)
+from sparsekit.recovery.lockstep import recorded, visit
+from sparsekit.recovery.units import eval_mode, output_scale, shift_output, split, units
+from sparsekit.surgery import tensor_of
 from sparsekit.task import Progress, Task
 
 # What `recover` does under each name of --recover.
@@ -98,7 +90,8 @@ def recover(
         seed: of distillation.
 
     Raises:
-        UsageError: an unknown step, too few images, or a recorded program and any step but "distill".
+        UsageError: an unknown step, or too few images.
+        PlanError: the forward of either network follows the values of tensors, so that it cannot be recorded.
     """
     for step in steps:
         if step not in _STEPS:
@@ -168,6 +161,7 @@ def _run(
         distill(dense, small, images, seed=seed, go_on=clock)
 
 
+@torch.no_grad()
 def reestimate_batchnorm(
     network: nn.Module, images: Tensor, *, batch_size: int = 128, go_on: GoOn = lambda done, total: True
 ) -> list[str]:
@@ -183,29 +177,32 @@ def reestimate_batchnorm(
         batch_size: images per forward pass.
         go_on: asked before each BatchNorm.
 
+    Raises:
+        PlanError: the forward follows the values of tensors, so that it cannot be recorded.
+
     >>> norm = nn.Sequential(nn.BatchNorm1d(1))
     >>> reestimate_batchnorm(norm, torch.tensor([[1.0], [2.0], [3.0]]))
     ['0']
     >>> norm[0].running_mean.item(), norm[0].running_var.item()
     (2.0, 1.0)
     """
-    names, batches = batch_norms(network, _example(network, images)), split(images, batch_size, network)
+    program, batches = recorded(network, _example(network, images)), split(images, batch_size, network)
+    norms = batch_norms_of(program)
     done: list[str] = []
-    with eval_mode(network), closing(visit(network, batches, [Stop(name, "input") for name in names])) as inputs:
-        for name, xs in zip(names, inputs, strict=True):
-            if not go_on(len(done), len(names)):
-                break
-            norm = network.get_submodule(name)
-            rows = [x.transpose(0, 1).flatten(1).double() for x in xs]
-            count = sum(part.shape[1] for part in rows)
-            mean_C = torch.stack([part.sum(1) for part in rows]).sum(0) / count
-            squares_C = torch.stack([(part - mean_C[:, None]).square().sum(1) for part in rows]).sum(0)
-            norm.get_buffer("running_mean").copy_(mean_C)
-            norm.get_buffer("running_var").copy_(squares_C / max(1, count - 1))
-            done.append(name)
+    for norm, runs in zip(norms, visit(program, batches, [norm.step for norm in norms]), strict=True):
+        if not go_on(len(done), len(norms)):
+            break
+        parts = [run.tensors[norm.input].transpose(0, 1).flatten(1).double() for run in runs]
+        count = sum(part.shape[1] for part in parts)
+        mean_C = torch.stack([part.sum(1) for part in parts]).sum(0) / count
+        squares_C = torch.stack([(part - mean_C[:, None]).square().sum(1) for part in parts]).sum(0)
+        tensor_of(program, norm.states["running_mean"]).copy_(mean_C)
+        tensor_of(program, norm.states["running_var"]).copy_(squares_C / max(1, count - 1))
+        done.append(norm.name)
     return done
 
 
+@torch.no_grad()
 def repair_bias(
     dense: nn.Module,
     small: nn.Module,
@@ -230,28 +227,27 @@ def repair_bias(
         go_on: asked before each layer.
 
     Raises:
-        UsageError: `small` is a recorded program.
+        PlanError: the forward of either network follows the values of tensors, so that it cannot be recorded.
     """
-    found = [unit for unit in units(dense, small, plan, _example(small, images)) if holds_constant(small, unit)]
-    found.sort(key=lambda unit: unit.end_moment)
-    stops, batches = [Stop(unit.end, "output") for unit in found], split(images, batch_size, small)
+    example, batches = _example(small, images), split(images, batch_size, small)
+    theirs, ours = recorded(dense, example), recorded(small, example)
+    found = [unit for unit in units(theirs, ours, plan) if unit.holds_constant]
+    found.sort(key=lambda unit: unit.small.last)
+    outputs = visit(ours, batches, [unit.small.last for unit in found])
+    targets = visit(theirs, batches, [unit.dense.last for unit in found])
     done: list[str] = []
-    with (
-        eval_mode(dense, small),
-        closing(visit(small, batches, stops)) as outputs,
-        closing(visit(dense, batches, stops)) as targets,
-    ):
-        for unit, ys, wanted in zip(found, outputs, targets, strict=True):
-            if not go_on(len(done), len(found)):
-                break
-            dim = channel_dim(small.get_submodule(unit.name))
-            kept = unit.kept.to(ys[0].device)
-            delta_K = _mean([y.movedim(dim, 0)[kept] for y in wanted]) - _mean([y.movedim(dim, 0) for y in ys])
-            scale_K = output_scale(small, unit).double()
-            shift_output(small, unit, torch.where(scale_K == 0, 0, delta_K / scale_K))
-            for y in ys:  # what runs behind is to see it already
-                y.movedim(dim, -1).add_(delta_K)
-            done.append(unit.name)
+    for unit, our_runs, their_runs in zip(found, outputs, targets, strict=True):
+        if not go_on(len(done), len(found)):
+            break
+        dim = unit.small.channel_dim
+        ys = [run.tensors[unit.small.made].movedim(dim, 0) for run in our_runs]
+        wanted = [run.tensors[unit.dense.made].movedim(dim, 0) for run in their_runs]
+        delta_K = _mean([y[unit.kept.to(y.device)] for y in wanted]) - _mean(ys)
+        scale_K = output_scale(ours, unit.small).double()
+        shift_output(ours, unit.small, torch.where(scale_K == 0, 0, delta_K / scale_K))
+        for y in ys:  # what runs behind is to see it already
+            y.movedim(0, -1).add_(delta_K)
+        done.append(unit.name)
     return done
 
 

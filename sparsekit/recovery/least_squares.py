@@ -12,34 +12,33 @@ Sources: He, Zhang, Sun 2017, "Channel Pruning for Accelerating Very Deep Neural
 reconstruction; He et al. 2016, arXiv:1512.03385, is the residual network whose streams it follows.
 """
 
-# N images, P positions of each, R = N P rows, K kernel positions; G conv groups, F inputs and O outputs of each group
+# N examples, P positions of each, R = N P rows, K kernel positions; G conv groups, F inputs and O outputs of each group
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import UsageError
 from sparsekit.plan import PruningPlan
-from sparsekit.recovery.lockstep import Stop, visit
-from sparsekit.recovery.receptive_fields import as_matrices, num_features, num_positions, rows, write_matrices
-from sparsekit.recovery.units import (
-    Unit,
-    channel_dim,
-    eval_mode,
-    holds_constant,
-    output_scale,
-    shift_output,
-    split,
-    units,
+from sparsekit.program import Program, Run
+from sparsekit.recovery.layers import Layer
+from sparsekit.recovery.lockstep import recorded, visit
+from sparsekit.recovery.receptive_fields import (
+    as_matrices,
+    num_examples,
+    num_features,
+    num_positions,
+    rows,
+    write_matrices,
 )
+from sparsekit.recovery.units import Unit, output_scale, shift_output, split, units
+from sparsekit.surgery import tensor_of
 
 GoOn = Callable[[int, int], bool]  # (layers done, layers in all) -> whether to go on
 
@@ -121,7 +120,8 @@ def reconstruct(
     """Refit the layers of `small`, in place, to the outputs of `dense`; returns their names.
 
     Intercepts go into biases, or into the running mean of the BatchNorm behind, which starts again from the dense
-    one's statistics and parameters. The result does not depend on `batch_size`, up to rounding.
+    one's statistics and parameters. Up to rounding the result does not depend on `batch_size`, unless a layer that
+    reads the rows of all images in turn (attention with the batch second) has more of them than are looked at.
 
     Args:
         dense: the network that the plan was made for; on the same device.
@@ -135,93 +135,94 @@ def reconstruct(
         go_on: asked before each layer; what is repaired by then stays repaired.
 
     Raises:
-        UsageError: `small` is a recorded program, or `ridge` is not above 0.
+        PlanError: the forward of either network follows the values of tensors, so that it cannot be recorded.
+        UsageError: `ridge` is not above 0.
     """
     if ridge <= 0:
         raise UsageError(f"reconstruct: ridge must be above 0, got {ridge:g}")
-    found = units(dense, small, plan, split(images[:2], 2, small)[0])
-    found = [unit for unit in found if num_features(small.get_submodule(unit.name)) <= max_features]
-    found = [unit for unit in found if f"{unit.name}.weight" not in plan.nonzero]
-    visits, batches = _visits(found), split(images, batch_size, small)
-    lost: dict[str, list[Tensor]] = {}
+    batches, example = split(images, batch_size, small), split(images[:2], 2, small)[0]
+    theirs, ours = recorded(dense, example), recorded(small, example)
+    found = [unit for unit in units(theirs, ours, plan) if unit.small.weight not in plan.nonzero]
+    found = [unit for unit in found if num_features(unit.small, tensor_of(ours, unit.small.weight)) <= max_features]
+    inputs = visit(ours, batches, [unit.small.step for unit in found])
+    outputs = visit(theirs, batches, [unit.dense.end for unit in found])
     done: list[str] = []
-    with (
-        eval_mode(dense, small),
-        closing(visit(small, batches, [stop.small for stop in visits])) as inputs,
-        closing(visit(dense, batches, [stop.dense for stop in visits])) as outputs,
-    ):
-        for (unit, here, _, _), xs, ys in zip(visits, inputs, outputs, strict=True):
-            layer = small.get_submodule(unit.name)
-            ys = [y.index_select(channel_dim(layer), unit.kept.to(y.device)) for y in ys]
-            if here == "stream":
-                lost[unit.name] = [y - x for x, y in zip(xs, ys, strict=True)]
-                continue
-            if not go_on(len(done), len(found)):
-                break
-            if unit.stream:
-                ys = _compensated(dense, unit, ys, lost.pop(unit.name))
-            chosen_NP = _positions(layer, ys, [len(batch) for batch in batches], max_positions)
-            pairs = zip(xs, ys, chosen_NP, strict=True)
-            equations = reduce(add, (NormalEquations.of(*rows(layer, x, y, chosen)) for x, y, chosen in pairs))
-            _refit(dense, small, unit, equations, ridge)
-            done.append(unit.name)
+    for unit, our_runs, their_runs in zip(found, inputs, outputs, strict=True):
+        if not go_on(len(done), len(found)):
+            break
+        layer, weight = unit.small, tensor_of(ours, unit.small.weight)
+        scale_K = output_scale(theirs, unit.dense)
+        ys = [_target(unit, *runs, scale_K) for runs in zip(our_runs, their_runs, strict=True)]
+        num_rows = max(max_positions, 8 * num_features(layer, weight))
+        chosen_NP = _positions(layer, ys, [len(batch) for batch in batches], num_rows)
+        triples = zip(our_runs, ys, chosen_NP, strict=True)
+        parts = (rows(layer, weight, run.tensors[layer.input], y, chosen) for run, y, chosen in triples)
+        _refit(theirs, ours, unit, reduce(add, (NormalEquations.of(*part) for part in parts)), ridge)
+        done.append(unit.name)
     return done
 
 
-class _Visit(NamedTuple):
-    """A stop of both networks on behalf of a unit: before the layer runs, or where its stream is seen."""
+def _target(unit: Unit, ours: Run, theirs: Run, scale_K: Tensor) -> Tensor:
+    """What the layer should return for one batch: as the dense one, and what the stream has lost by now.
 
-    unit: Unit
-    here: Literal["stream", "layer"]
-    small: Stop
-    dense: Stop
-
-
-def _visits(found: list[Unit]) -> list[_Visit]:
-    """Those of all units, in the order of the forward pass; at one moment streams come first."""
-    layers = [_Visit(unit, "layer", Stop(unit.name, "input"), Stop(unit.name, "output")) for unit in found]
-    streams = [_Visit(unit, "stream", unit.stream, unit.stream) for unit in found if unit.stream]
-    return sorted(
-        streams + layers,
-        key=lambda stop: (stop.unit.stream_moment, 0) if stop.here == "stream" else (stop.unit.moment, 1),
-    )
-
-
-def _compensated(dense: nn.Module, unit: Unit, ys: list[Tensor], lost: list[Tensor]) -> list[Tensor]:
-    """What the layer should return for the stream to be right after its unit's output has been added."""
-    dim = channel_dim(dense.get_submodule(unit.name))
-    scale_K = output_scale(dense, unit)[unit.kept.to(ys[0].device)]
+    Args:
+        unit: the layer.
+        ours: the pass of the small network, before the layer.
+        theirs: of the dense one, behind it.
+        scale_K: what the BatchNorm behind multiplies the dense outputs with.
+    """
+    dim, whole = unit.small.channel_dim, theirs.tensors[unit.dense.output]
+    kept = unit.kept.to(whole.device)
+    y = whole.index_select(dim, kept)
+    wanted, got = _stream(theirs, unit.dense, whole), _stream(ours, unit.small, y)
+    if wanted is None or got is None:
+        return y
     # Through a BatchNorm that makes next to nothing of a channel nothing can be made up for.
-    inverse_K = torch.where(scale_K.abs() > 0.01 * scale_K.abs().max(), 1 / scale_K, 0)
-    return [y + (part.movedim(dim, -1) * inverse_K).movedim(-1, dim) for y, part in zip(ys, lost, strict=True)]
+    inverse_K = torch.where(scale_K.abs() > 0.01 * scale_K.abs().max(), 1 / scale_K, 0)[kept]
+    lost = wanted.index_select(dim, kept) - got
+    return y + (lost.movedim(dim, -1) * inverse_K).movedim(-1, dim)
 
 
-def _positions(layer: nn.Module, ys: list[Tensor], sizes: list[int], max_positions: int) -> list[Tensor]:
-    """Output positions for the equations, int64 [N, P] per batch, the same ones however the images are split."""
-    available = num_positions(layer, ys[0], sizes[0])
-    per_image = math.ceil(max(max_positions, 8 * num_features(layer)) / sum(sizes))
-    if available <= per_image:
-        chosen_NP = torch.arange(available).expand(sum(sizes), -1)
+def _stream(run: Run, layer: Layer, output: Tensor) -> Tensor | None:
+    """What the layer's output is added to, each value at the place in `output` of what it meets; None if nothing."""
+    if layer.stream is None:
+        return None
+    values = run.tensors[layer.stream.value]
+    with torch.enable_grad():
+        start = torch.zeros_like(output, requires_grad=True)
+        end = run.through(layer.stream.path, start)
+        if end.shape != values.shape:
+            return None  # broadcast: one output meets many values
+        # The transpose of what moves values to other places moves them back.
+        (found,) = torch.autograd.grad(end, start, values) if layer.stream.path else (values,)
+    return found
+
+
+def _positions(layer: Layer, ys: list[Tensor], sizes: list[int], least: int) -> list[Tensor]:
+    """Output positions for the equations, `least` in all, int64 [N, P] per batch of `sizes` images.
+
+    They are the same however the images are split.
+    """
+    sizes = [num_examples(layer, y, size) for y, size in zip(ys, sizes, strict=True)]
+    available = [num_positions(layer, y, size) for y, size in zip(ys, sizes, strict=True)]
+    each = math.ceil(least / sum(sizes))
+    if max(available) <= each:
+        chosen = [torch.arange(count).expand(size, -1) for count, size in zip(available, sizes, strict=True)]
     else:
-        generator = torch.Generator().manual_seed(0)
-        chosen_NP = torch.randint(available, (sum(sizes), per_image), generator=generator)
-    return list(chosen_NP.to(ys[0].device).split(sizes))
+        draws_NP = torch.randint(max(available), (sum(sizes), each), generator=torch.Generator().manual_seed(0))
+        chosen = [part % count for part, count in zip(draws_NP.split(sizes), available, strict=True)]
+    return [part.to(ys[0].device) for part in chosen]
 
 
 @torch.no_grad()
-def _refit(dense: nn.Module, small: nn.Module, unit: Unit, equations: NormalEquations, ridge: float) -> None:
-    layer = small.get_submodule(unit.name)
-    if unit.norm:
-        _take_over(small.get_submodule(unit.norm), dense.get_submodule(unit.norm), unit.kept)
-    weight, constant = equations.solve(as_matrices(layer), ridge=ridge, intercept=holds_constant(small, unit))
-    write_matrices(layer, weight)
+def _refit(dense: Program, small: Program, unit: Unit, equations: NormalEquations, ridge: float) -> None:
+    layer, weight = unit.small, tensor_of(small, unit.small.weight)
+    if layer.norm and unit.dense.norm:  # it is to see what the dense one saw
+        for name, theirs in unit.dense.norm.states.items():
+            whole = tensor_of(dense, theirs)
+            tensor_of(small, layer.norm.states[name]).copy_(whole[unit.kept.to(whole.device)])
+    matrices_GFO, constant = equations.solve(as_matrices(layer, weight), ridge=ridge, intercept=unit.holds_constant)
+    write_matrices(layer, weight, matrices_GFO)
     if layer.bias is not None:
-        constant = constant - layer.get_parameter("bias").unflatten(0, constant.shape)
-    shift_output(small, unit, constant.flatten())
-
-
-def _take_over(norm: nn.Module, dense: nn.Module, kept: Tensor) -> None:
-    """Give a BatchNorm the dense one's statistics and parameters: it is to see what that one saw."""
-    theirs = dict(dense.named_parameters()) | dict(dense.named_buffers())
-    for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
-        tensor.copy_(theirs[name][kept.to(tensor.device)] if tensor.dim() else theirs[name])
+        constant = constant - tensor_of(small, layer.bias).unflatten(0, constant.shape)
+    shift_output(small, layer, constant.flatten())
