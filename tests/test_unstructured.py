@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparsekit import fitting, pipeline
+from sparsekit import fitting
 from sparsekit.artifact import FILES, Artifact, load
 from sparsekit.budget import Budget
 from sparsekit.compaction import compact
@@ -503,7 +503,7 @@ class Once:
 def once() -> Iterator[Once]:
     once = Once()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", once.export)
+        patch.setattr(fitting, "export_onnx", once.export)
         patch.setattr(fitting, "measure_latency", once.measure)
         yield once
 
