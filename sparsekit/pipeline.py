@@ -9,9 +9,9 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,9 +24,9 @@ from sparsekit.budget import Budget, Metric
 from sparsekit.compaction import Certificate, certify, compact
 from sparsekit.cost import absolute, num_macs
 from sparsekit.errors import BudgetError, PlanError, QualityError, UsageError
-from sparsekit.fitting import Bench, Exported, Fitted, fit
+from sparsekit.fitting import Bench, Fitted, fit
 from sparsekit.forward import plain
-from sparsekit.graph import ChannelGraph, trace
+from sparsekit.graph import trace
 from sparsekit.ingredients import build, build_pruner, recovery_images
 from sparsekit.latency import width_warning
 from sparsekit.onnx_network import OnnxNetwork
@@ -207,10 +207,15 @@ def _compress(
     bench = stages.bench(images)
     with stages.timed("export dense"):
         dense_files = bench.write(dense, inputs, "dense")
-    fitted = Fitted(absolute(Budget.parse(recipe.budget), dense_graph))
-    if fitted.budget.measured:
+    budget = absolute(Budget.parse(recipe.budget), dense_graph)
+    fitted = Fitted(budget)
+    if budget.measured:
         with stages.timed("fit the budget"):
-            fitted = _fitted(tidied, graph, inputs, fitted.budget, dense_files, bench, task, round_to=recipe.round_to)
+            fitted = _fitted(
+                stages.folder / "fitted.json",
+                budget,
+                partial(fit, tidied, graph, inputs, budget, dense_files, bench, task, round_to=recipe.round_to),
+            )
     with stages.timed("prune"):
         plan = build_pruner(recipe)(graph, fitted.budget, task)
     small, after, certificate = _cut(tidied, plan, inputs)
@@ -245,22 +250,11 @@ def _compress(
     return Artifact(small.eval(), plan, onnx, report_of(found, stages), recipe, tuple(before), tuple(after))
 
 
-def _fitted(
-    network: nn.Module,
-    graph: ChannelGraph,
-    inputs: tuple[Tensor, ...],
-    budget: Budget,
-    dense: Exported,
-    bench: Bench,
-    task: Task | None,
-    *,
-    round_to: int,
-) -> Fitted:
-    """`fit`, once: a run that goes on must go on with the widths whose training it interrupted."""
-    file = bench.folder / "fitted.json"
+def _fitted(file: Path, budget: Budget, fit: Callable[[], Fitted]) -> Fitted:
+    """`fit()`, once: a run that goes on must go on with the widths whose training it interrupted."""
     if file.exists():
         return Fitted.from_json(json.loads(file.read_text(encoding="utf-8")), budget)
-    fitted = fit(network, graph, inputs, budget, dense, bench, task, round_to=round_to)
+    fitted = fit()
     part = file.with_suffix(".tmp")
     part.write_text(json.dumps(fitted.to_json()), encoding="utf-8")
     part.replace(file)

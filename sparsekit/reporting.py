@@ -199,7 +199,7 @@ def _warnings(found: Finished, certificate: Certificate) -> Iterator[str]:
     if limit and ratio.low > limit:
         yield f"the finished file takes {ratio.value:.3f}x, more than the budget's {limit:.3f}x"
     if found.fitted.candidates and not any(candidate.in_band for candidate in found.fitted.candidates):
-        yield "no widths lie closer to the budget: the steps of the layers' latency are coarser than 5 %"
+        yield "no candidate lies within 5 % of the budget: widths come in coarser steps, or the machine is busy"
     if found.timed.busy:
         yield "the machine was busy while latency was measured: wall times are upper bounds"
     fixed = next((group.fixed_by for group, keep in plan.keep.items() if group.fixed_by and not keep.all()), None)
