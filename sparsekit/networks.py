@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import DataError, UsageError, nearest
 from sparsekit.factory import load_factory
-from sparsekit.models import MODELS
+from sparsekit.models import CLASSIFIERS, GANS, MODELS
 
 # What torch's unpickler raises on damaged files, found by damaging some thousands.
 _UNREADABLE = (
@@ -46,8 +46,10 @@ def build_network(name: str, *, num_classes: int = 10, in_channels: int = 3) -> 
         if not isinstance(network, nn.Module):
             raise DataError(f"{name}: expected the factory to return an nn.Module, got {type(network).__name__}")
         return network.eval()
+    if name in GANS:
+        raise UsageError(f"model {name!r}: one of a GAN's two networks; sparsekit.models.MODELS builds it")
     if name not in MODELS:
-        raise UsageError(f"model {name!r}: unknown{nearest(name, [*MODELS, 'torchvision:resnet50'])}")
+        raise UsageError(f"model {name!r}: unknown{nearest(name, [*CLASSIFIERS, 'torchvision:resnet50'])}")
     return MODELS[name](num_classes=num_classes, in_channels=in_channels).eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sparsekit.models import MODELS
+from sparsekit.models import CLASSIFIERS, MODELS
 from sparsekit.models.resnet import CifarResNet
 from sparsekit.models.wide_resnet import WideResNet
 
@@ -46,12 +46,12 @@ def build(name: str, **sizes: int) -> nn.Module:
         return MODELS[name](**sizes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_network_has_its_published_number_of_parameters(name: str) -> None:
     assert sum(parameter.numel() for parameter in build(name).parameters()) == NUM_PARAMS[name]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_network_maps_images_of_any_channel_count_to_one_logit_per_class(name: str) -> None:
     size = IMAGE_SIZES.get(name, 32)
     images = torch.empty(2, 2, size, size, device="meta")

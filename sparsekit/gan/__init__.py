@@ -1,0 +1,1 @@
+"""Training and compressing GANs. The networks are in `sparsekit.models`."""
