@@ -11,6 +11,7 @@ from sparsekit.cli.bench import bench
 from sparsekit.cli.compress import compress
 from sparsekit.cli.env import env
 from sparsekit.cli.export import export
+from sparsekit.cli.gan import gan
 from sparsekit.cli.inspect import inspect
 from sparsekit.cli.report import report
 from sparsekit.errors import SparsekitError
@@ -32,7 +33,7 @@ def commands() -> None:
     """
 
 
-for verb in (compress, inspect, export, bench, report, env):
+for verb in (compress, inspect, export, bench, gan, report, env):
     commands.add_command(verb)
 
 

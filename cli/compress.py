@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sparsekit.cli.console import json_option, out, print_json, progress, warn
+from sparsekit.cli.options import name_values, words
 from sparsekit.errors import UsageError
 from sparsekit.pipeline import run
 from sparsekit.pruners import PRUNERS
 from sparsekit.recipe import Recipe
 
 
-def _options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """`name=value`, where value is TOML, or a plain word."""
-    options = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--option {text!r}: expected NAME=VALUE")
-        try:
-            options[name.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[name.strip()] = value.strip()
-    return options
-
-
-def _words(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    """What stands between the commas."""
-    return None if text is None else tuple(filter(None, (word.strip() for word in text.split(","))))
-
-
 def _epochs(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    words = _words(context, parameter, text)
+    parts = words(context, parameter, text)
     try:
-        return None if words is None else tuple(map(int, words))
+        return None if parts is None else tuple(map(int, parts))
     except ValueError:
         raise UsageError(f"{parameter.opts[0]} {text!r}: expected epochs like 60,90") from None
 
@@ -65,9 +46,9 @@ def _seconds(_: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.option("--crop-pct", type=float, help="Share of a test image's shorter side that its centre cut leaves.")
 @click.option("--limit", type=int, help="Train on this many images only.")
 @click.option("--batch-size", type=int, help="Images per training batch.")
-@click.option("--augment", callback=_words, help="Any of shift,crop,flip,trivial,erase,mixup,cutmix; '' for none.")
+@click.option("--augment", callback=words, help="Any of shift,crop,flip,trivial,erase,mixup,cutmix; '' for none.")
 @click.option("--method", help=f"One of {', '.join(PRUNERS)}.")
-@click.option("-o", "--option", "options", multiple=True, callback=_options, help="Method option, NAME=VALUE.")
+@click.option("-o", "--option", "options", multiple=True, callback=name_values, help="Method option, NAME=VALUE.")
 @click.option("--budget", help="Like 'latency<=4ms', 'latency<=0.5x and accuracy>=-1%', 'macs<=0.5x'.")
 @click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
 @click.option("--renormalise/--no-renormalise", default=None, help="Also prune channels that LayerNorm runs over.")

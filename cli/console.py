@@ -74,5 +74,11 @@ def _lines() -> Report:
 
 
 def _note(record: Mapping[str, float]) -> str:
-    shown = {"loss": "loss {:.3f}", "train_accuracy": "training accuracy {:.1%}"}
+    shown = {
+        "loss": "loss {:.3f}",
+        "train_accuracy": "training accuracy {:.1%}",
+        "discriminator_loss": "discriminator {:.3f}",
+        "generator_loss": "generator {:.3f}",
+        "variance_ratio": "variance {:.0%}",
+    }
     return "  ".join(text.format(record[key]) for key, text in shown.items() if key in record)

@@ -54,21 +54,7 @@ class Artifact:
             UsageError: the folder exists and `overwrite` is not given.
             SparsekitError: it cannot be written, say on a full disk; an older one is then as it was.
         """
-        folder = Path(folder)
-        if folder.exists() and not overwrite:
-            raise UsageError(f"{folder}: exists; choose another folder, or overwrite it")
-        # A link stays one: what it points to is replaced.
-        target = folder.resolve()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
-                new = Path(staging) / "new"
-                new.mkdir()
-                self._write(new)
-                _replace(target, new, old=Path(staging) / "old")
-        except OSError as error:
-            raise SparsekitError(f"{folder}: cannot be written: {error.strerror or error}") from error
-        return folder
+        return write_whole(folder, self._write, overwrite=overwrite)
 
     def _write(self, folder: Path) -> None:
         if isinstance(self.model, Program):
@@ -85,6 +71,30 @@ class Artifact:
         (folder / "report.json").write_text(report, encoding="utf-8")
         (folder / "report.html").write_text(self.report.html(), encoding="utf-8")
         (folder / "recipe.toml").write_text(self.recipe.to_toml(), encoding="utf-8")
+
+
+def write_whole(folder: Path | str, write: Callable[[Path], None], *, overwrite: bool) -> Path:
+    """Let `write` fill an empty folder, which then becomes `folder`; returns it.
+
+    Raises:
+        UsageError: the folder exists and `overwrite` is not given.
+        SparsekitError: it cannot be written, say on a full disk; an older one is then as it was.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder}: exists; choose another folder, or overwrite it")
+    # A link stays one: what it points to is replaced.
+    target = folder.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
+            new = Path(staging) / "new"
+            new.mkdir()
+            write(new)
+            _replace(target, new, old=Path(staging) / "old")
+    except OSError as error:
+        raise SparsekitError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder
 
 
 def _replace(target: Path, new: Path, *, old: Path) -> None:

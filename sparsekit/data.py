@@ -100,12 +100,32 @@ def unlabelled_images(
         UsageError: not `imagefolder:PATH`.
         DataError: no such folder, no images in it, or one that cannot be decoded.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     kind, _, name = spec.partition(":")
-    folder = Path(name).expanduser()
     if kind != "imagefolder" or not name:
         raise UsageError(f"calibrate {spec!r}: expected imagefolder:PATH")
+    pixels = folder_pixels(
+        Path(name), image_size=image_size, crop_pct=crop_pct, num_images=num_images, seed=seed, progress=progress
+    )
+    return _scaled(pixels, MEAN, STD)
+
+
+def folder_pixels(
+    folder: Path,
+    *,
+    image_size: int,
+    crop_pct: float = 1.0,
+    num_images: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The images that `unlabelled_images` draws, uint8 [N, 3, S, S].
+
+    Raises:
+        DataError: no such folder, no images in it, or one that cannot be decoded.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folder = folder.expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
@@ -113,8 +133,7 @@ def unlabelled_images(
         raise DataError(f"{folder}: holds no images")
     drawn = torch.randperm(len(paths), generator=seeded_generator(seed, 0))[:num_images].sort().values
     chosen = [paths[number] for number in drawn.tolist()]
-    pixels = cached_images(chosen, image_size=image_size, crop_pct=crop_pct, progress=progress)
-    return _scaled(pixels, MEAN, STD)
+    return cached_images(chosen, image_size=image_size, crop_pct=crop_pct, progress=progress)
 
 
 def load_task(spec: str) -> Task:

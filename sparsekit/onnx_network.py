@@ -21,6 +21,15 @@ _BATCH_ELEMENTS = 2**20
 _MAX_BATCH = 64
 
 
+@dataclass(frozen=True)
+class OnnxInput:
+    """What a file takes, e.g. "z", (None, 128), "float": a dimension that may vary, as the batch does, is None."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
 class OnnxNetwork(nn.Module):
     """The network in an ONNX file, run by ONNX Runtime on the CPU with torch's number of threads.
 
@@ -47,14 +56,14 @@ class OnnxNetwork(nn.Module):
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except _LOAD_ERRORS as error:
             raise ExportError(f"{self.name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
-        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.inputs = tuple(_input(value) for value in self._session.get_inputs())
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
         """Every output, on the CPU."""
-        if len(self.input_names) != len(inputs):
-            names = ", ".join(self.input_names)
-            raise ExportError(f"{self.name}: has {len(self.input_names)} inputs ({names}), got {len(inputs)}")
-        feeds = {name: x.detach().cpu().numpy() for name, x in zip(self.input_names, inputs, strict=True)}
+        if len(self.inputs) != len(inputs):
+            names = ", ".join(wanted.name for wanted in self.inputs)
+            raise ExportError(f"{self.name}: has {len(self.inputs)} inputs ({names}), got {len(inputs)}")
+        feeds = {wanted.name: x.detach().cpu().numpy() for wanted, x in zip(self.inputs, inputs, strict=True)}
         try:
             return [torch.from_numpy(x) for x in self._session.run(None, feeds)]
         except _RUN_ERRORS as error:
@@ -129,6 +138,11 @@ def batches(images: Tensor) -> tuple[Tensor, ...]:
     per_image = max(1, images[0].numel())
     parts: tuple[Tensor, ...] = images.split(max(1, min(_MAX_BATCH, _BATCH_ELEMENTS // per_image)))
     return parts
+
+
+def _input(value: onnxruntime.NodeArg) -> OnnxInput:
+    shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+    return OnnxInput(value.name, shape, value.type.removeprefix("tensor(").removesuffix(")"))
 
 
 def _first_line(error: BaseException) -> str:

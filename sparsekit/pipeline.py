@@ -9,8 +9,8 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +41,7 @@ from sparsekit.stages import Stages
 from sparsekit.stock import StockRow, compare_stock, siblings
 from sparsekit.task import Progress, Task
 from sparsekit.tidy import tidy_plans
+from sparsekit.unfinished import check_same, unfinished, work_folder
 
 
 def compress(
@@ -102,23 +103,23 @@ def run(
         SparsekitError: whatever the parts raise, before `out` is touched.
     """
     out = Path(out)
-    work_dir = _work_dir(out, overwrite=overwrite, resume=resume)
-    recipe_hash = recipe.fingerprint(Path(recipe.weights) if recipe.weights else None)
+    work_dir = work_folder(out, overwrite=overwrite, resume=resume)
+    recipe_hash = recipe.fingerprint(*([Path(recipe.weights)] if recipe.weights else []))
     hash_file = work_dir / "recipe_hash"  # written last: without it there is nothing to continue
     continues = resume and hash_file.exists()
     if continues:
-        _check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash)
+        check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash, weights=recipe.weights)
     elif resume and out.exists():
         if not (out / "report.json").exists():
             raise UsageError(f"{out}: exists and holds no report; choose another folder, or --overwrite")
         report = Report.read(out / "report.json")
-        _check_same(recipe, out, report.recipe_hash == recipe_hash)
+        check_same(recipe, out, report.recipe_hash == recipe_hash, weights=recipe.weights)
         return report
     model, task, inputs = build(recipe, progress=progress)
     _check_budget(model, recipe, inputs, task)
     if work_dir.exists() and not continues:
         shutil.rmtree(work_dir)
-    with _unfinished(work_dir):
+    with unfinished(work_dir):
         (work_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
         hash_file.write_text(recipe_hash, encoding="utf-8")
         stages = Stages(recipe, recipe_hash, work_dir, progress)
@@ -129,49 +130,6 @@ def run(
         # Unfinished work beside a finished folder was started to replace it.
         artifact.save(out, overwrite=overwrite or continues)
     return artifact.report
-
-
-def _work_dir(out: Path, *, overwrite: bool, resume: bool) -> Path:
-    """Where unfinished work lies, once it is clear that nothing is in the way of it and of `out`."""
-    if overwrite and resume:
-        raise UsageError("overwrite and resume: choose one")
-    here = Path.cwd()
-    if out.resolve() in (here, *here.parents):
-        raise UsageError(f"{out}: holds the current folder; choose a new one")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file, expected a folder")
-    if out.exists() and not (overwrite or resume):
-        raise UsageError(f"{out}: exists; choose another folder, or --overwrite")
-    work_dir = out.with_name(f"{out.name}.partial")
-    if work_dir.exists() and not (overwrite or resume):
-        raise UsageError(f"{work_dir}: holds an interrupted run; --resume continues it, --overwrite starts anew")
-    return work_dir
-
-
-@contextmanager
-def _unfinished(folder: Path) -> Iterator[None]:
-    """Make the folder; remove it at the end, or on failure while no epoch is complete that could be continued."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(folder)  # a full disk does not say which file it has no room for
-        if not any(folder.glob("*.ckpt")):
-            shutil.rmtree(folder)
-        raise
-    shutil.rmtree(folder)
-
-
-def _check_same(recipe: Recipe, folder: Path, same_hash: bool) -> None:
-    """Refuse to continue the work of another recipe."""
-    then = Recipe.from_toml(folder / "recipe.toml")
-    for field in dataclasses.fields(Recipe):
-        old, new = getattr(then, field.name), getattr(recipe, field.name)
-        if old != new:
-            raise UsageError(f"{folder}: was made with {field.name} = {old!r}, now {new!r}; --overwrite starts anew")
-    if not same_hash:
-        raise UsageError(f"{folder}: was made with other contents of {recipe.weights}; --overwrite starts anew")
 
 
 def _check_budget(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...], task: Task | None) -> None:

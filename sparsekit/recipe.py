@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tomli_w
 
@@ -37,7 +37,71 @@ _RANGES = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TomlRecipe:
+    """What every kind of recipe can do: frozen dataclasses whose fields, `data` among them, are TOML keys."""
+
+    def to_toml(self) -> str:
+        """Every key with its value; keys that are None are left out, no data is written as "none"."""
+        values = asdict(self)
+        if values["data"] is None:
+            values["data"] = "none"
+        return tomli_w.dumps({key: value for key, value in values.items() if value is not None})
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read what `to_toml` wrote, or any subset of its keys.
+
+        Raises:
+            DataError: no such file, or not TOML.
+            UsageError: an unknown key, or a value of the wrong type or out of range.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"recipe {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"recipe {path}: not TOML: {error}") from error
+        return cls.from_mapping(values, source=f"recipe {path}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str) -> Self:
+        """A recipe with `values` over the defaults; "none" as data means no data.
+
+        Raises:
+            UsageError: an unknown key, a value of the wrong type or out of range; begins with `source`.
+        """
+        known = {f.name: f.type for f in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                raise UsageError(f"{source}: unknown key {key!r}{nearest(key, list(known))}")
+            if not _fits(value, str(known[key])):
+                raise UsageError(f"{source}: {key} must be {known[key]}, got {value!r}")
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if given.get("data") == "none":
+            given["data"] = None
+        try:
+            return cls(**given)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
+
+    def fingerprint(self, *weights: Path) -> str:
+        """SHA-256 in hex of the recipe and the bytes of weight files.
+
+        Raises:
+            DataError: a weights file cannot be read.
+        """
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        for path in weights:
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"weights {path}: {error.strerror}") from error
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Recipe(TomlRecipe):
     """One compression run; every key is a flag of `sparsekit compress`.
 
     Attributes:
@@ -133,75 +197,36 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, (least, end) in _RANGES.items():
-            value = getattr(self, key)
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            for number in numbers:
-                if not least <= number < end:
-                    raise UsageError(f"{key} must be in [{least}, {end}), got {number}")
+        check_ranges(self, _RANGES)
+        check_choices(self, _CHOICES)
         if not 0 < self.crop_pct <= 1:
             raise UsageError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
-        for key, choices in _CHOICES.items():
-            value = getattr(self, key)
-            if value is not None and value not in choices:
-                raise UsageError(f"{key} {value!r}: unknown{nearest(value, list(choices))}")
 
-    def to_toml(self) -> str:
-        """Every key with its value; keys that are None are left out, no data is written as "none"."""
-        values = asdict(self) | {"data": self.data or "none"}
-        return tomli_w.dumps({key: value for key, value in values.items() if value is not None})
 
-    @classmethod
-    def from_toml(cls, path: Path) -> Recipe:
-        """Read what `to_toml` wrote, or any subset of its keys.
+def check_ranges(recipe: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse numbers below the least value of their key, or not below its end; None is always right.
 
-        Raises:
-            DataError: no such file, or not TOML.
-            UsageError: an unknown key, or a value of the wrong type or out of range.
-        """
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"recipe {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"recipe {path}: not TOML: {error}") from error
-        return cls.from_mapping(values, source=f"recipe {path}")
+    Raises:
+        UsageError: the first of them.
+    """
+    for key, (least, end) in ranges.items():
+        value = getattr(recipe, key)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        for number in numbers:
+            if not least <= number < end:
+                raise UsageError(f"{key} must be in [{least}, {end}), got {number}")
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], *, source: str) -> Recipe:
-        """A recipe with `values` over the defaults; "none" as data means no data.
 
-        Raises:
-            UsageError: an unknown key, a value of the wrong type or out of range; begins with `source`.
-        """
-        known = {f.name: f.type for f in fields(cls)}
-        for key, value in values.items():
-            if key not in known:
-                raise UsageError(f"{source}: unknown key {key!r}{nearest(key, list(known))}")
-            if not _fits(value, str(known[key])):
-                raise UsageError(f"{source}: {key} must be {known[key]}, got {value!r}")
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        if given.get("data") == "none":
-            given["data"] = None
-        try:
-            return cls(**given)
-        except UsageError as error:
-            raise UsageError(f"{source}: {error}") from error
+def check_choices(recipe: object, choices: Mapping[str, Sequence[str]]) -> None:
+    """Refuse words that are not among those of their key; None is always right.
 
-    def fingerprint(self, weights: Path | None = None) -> str:
-        """SHA-256 in hex of the recipe and, where given, of the weights file's bytes.
-
-        Raises:
-            DataError: the weights file cannot be read.
-        """
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
-        if weights is not None:
-            try:
-                with weights.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise DataError(f"weights {weights}: {error.strerror}") from error
-        return digest.hexdigest()
+    Raises:
+        UsageError: the first of them, with the nearest that are.
+    """
+    for key, words in choices.items():
+        value = getattr(recipe, key)
+        if value is not None and value not in words:
+            raise UsageError(f"{key} {value!r}: unknown{nearest(value, list(words))}")
 
 
 def _fits(value: Any, annotation: str) -> bool:

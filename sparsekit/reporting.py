@@ -68,7 +68,7 @@ def report_of(found: Finished, stages: Stages) -> Report:
     timed = dataclasses.replace(found.timed, latencies=latencies)
     accuracies = (stages.accuracies.get("dense"), stages.final_accuracy)
     sides = zip((found.dense, found.small), accuracies, found.files, latencies, strict=True)
-    dense, compact = (_measurement(*side, sparse=bool(found.plans[0].nonzero)) for side in sides)
+    dense, compact = (measurement(*side, sparse=bool(found.plans[0].nonzero)) for side in sides)
     certificate = dataclasses.replace(found.certificate, onnx_max_relative_error=found.files[1].max_relative_error)
     limit = found.fitted.shares.get(Metric.LATENCY_MS)
     return Report(
@@ -85,7 +85,7 @@ def report_of(found: Finished, stages: Stages) -> Report:
         refusals=tuple(dataclasses.asdict(refusal) for refusal in found.tidied.refusals),
         warnings=tuple(_warnings(found, certificate)),
         seconds=stages.seconds,
-        target=_target(timed),
+        target=target_facts(timed),
         layers=() if found.latencies is None else tuple(_layers(found, found.latencies)),
         search=tuple(_search(found)) if limit else (),
         latency_band=(BAND * limit, limit) if limit else None,
@@ -96,9 +96,10 @@ def report_of(found: Finished, stages: Stages) -> Report:
     )
 
 
-def _measurement(
-    graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency, *, sparse: bool
+def measurement(
+    graph: ChannelGraph, accuracy: float | None, file: OnnxFile, latency: Latency, *, sparse: bool = False
 ) -> Measurement:
+    """One network and its file; with `sparse` also how many weights are not zero."""
     return Measurement(
         accuracy=accuracy,
         num_params=sum(parameter.numel() for parameter in graph.model.parameters()),
@@ -118,7 +119,8 @@ def _integers(file: QuantizedFile | None) -> dict[str, object]:
     return {"int8": dataclasses.asdict(file.difference) | {"float_layers": list(file.float_layers)}}
 
 
-def _target(timed: LatencyComparison) -> TargetFacts:
+def target_facts(timed: LatencyComparison) -> TargetFacts:
+    """What the files were timed on."""
     latency = timed.latencies[-1]
     runtime, version = (timed.runtime.split(maxsplit=1) + [""])[:2]
     return TargetFacts(

@@ -374,7 +374,7 @@ def test_the_help_of_every_verb_has_an_example(verb: str, cli: Cli) -> None:
 def test_the_help_names_every_verb_and_exit_code(cli: Cli) -> None:
     result = cli("--help")
     assert result.code == 0
-    assert VERBS == ["bench", "compress", "env", "export", "inspect", "report"]
+    assert VERBS == ["bench", "compress", "env", "export", "gan", "inspect", "report"]
     assert all(re.search(rf"^ +{verb} +\w[^.]*(\.|$)", result.out, re.MULTILINE) for verb in VERBS)
     assert all(f"{code} " in result.out for code in (0, 1, 2, 3, 4, 5, 130))
 
