@@ -21,7 +21,8 @@ from sparsekit.selection import allocate
 from sparsekit.task import Task
 from tests import tiny
 
-FAST = {"epochs": 1, "num_batches": 3, "num_images": 24}  # options that say how much data a method sees
+# How much data a method sees, and groups that fit so small a network.
+FAST = {"epochs": 1, "num_batches": 3, "num_images": 24, "pattern": "block:16x8"}
 every_method = pytest.mark.parametrize("name", PRUNERS)
 
 
@@ -97,7 +98,8 @@ def test_the_budget_is_met_with_the_counts_that_it_gives_every_method(name: str)
         sizes = {key: weight.numel() for key, weight in prunable_weights(graph).items()}
         num_kept = sum(int(plan.nonzero[key].sum()) if key in plan.nonzero else size for key, size in sizes.items())
         assert plan.nonzero.keys() <= sizes.keys()
-        assert num_kept == int(0.3 * sum(sizes.values()))
+        whole_groups = name == "magnitude_pattern"
+        assert (0.25 if whole_groups else 0.3) * sum(sizes.values()) - 1 < num_kept <= 0.3 * sum(sizes.values())
 
 
 @every_method

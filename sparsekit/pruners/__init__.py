@@ -15,6 +15,7 @@ from sparsekit.pruners.group_norm import GroupNorm
 from sparsekit.pruners.hard_concrete import HardConcrete
 from sparsekit.pruners.hrank import HRank
 from sparsekit.pruners.magnitude import Magnitude
+from sparsekit.pruners.magnitude_pattern import MagnitudePattern
 from sparsekit.pruners.magnitude_unstructured import MagnitudeUnstructured
 from sparsekit.pruners.network_slimming import NetworkSlimming
 from sparsekit.pruners.neuron_merging import NeuronMerging
@@ -43,8 +44,9 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "neuron_merging": NeuronMerging,
     "gmp": GMP,
     "magnitude_unstructured": MagnitudeUnstructured,
+    "magnitude_pattern": MagnitudePattern,
     "transport_unstructured": TransportUnstructured,
 }
 
-# Methods that zero single weights: their budget is `nonzero`.
-UNSTRUCTURED = frozenset({"gmp", "magnitude_unstructured", "transport_unstructured"})
+# Methods that zero weights, not channels: their budget is `nonzero`.
+UNSTRUCTURED = frozenset({"gmp", "magnitude_unstructured", "magnitude_pattern", "transport_unstructured"})
