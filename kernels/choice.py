@@ -7,13 +7,18 @@ may be the images that it reads and writes, which no zero in a weight makes smal
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sparsekit.kernels.formats import blocks
+from sparsekit.kernels.modules import Conv2dAct, LinearAct, ResidualSubset, SparseConv2d, SparseLinear, touched_groups
+from sparsekit.kernels.residual_subset import CHANNELS
 
 Bound = Literal["compute", "memory", "launch"]
 
@@ -44,6 +49,7 @@ GPUS = {
 # Share of dense speed that a kernel reaches by its groups' sides; between them, by area.
 EFFICIENCY = {(128, 128): 0.70, (128, 64): 0.67, (128, 16): 0.65, (64, 64): 0.48, (32, 32): 0.30, (16, 16): 0.18}
 _WINDOW_EFFICIENCY = 0.85  # of convolutions, whose inputs are gathered pixel by pixel
+_WORTH_IT = 1.05  # a kernel that is no faster than this is not worth being another one
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def speedup(work: Work, gpu: Gpu, *, density: float, rows: int, cols: int) -> fl
     >>> linear = Work(num_macs=4096**3, activation_bytes=4 * 4096**2, weight_bytes=2 * 4096**2)
     >>> [round(speedup(linear, GPUS["H100"], density=d, rows=128, cols=16), 2) for d in (0.1, 0.25, 0.5, 1.0)]
     [6.5, 2.6, 1.3, 0.65]
-    >>> pointwise = Work(num_macs=256 * 56 * 56 * 256 * 64, activation_bytes=2 * 256 * 56 * 56 * 320, weight_bytes=32768)
+    >>> num_pixels = 256 * 56 * 56
+    >>> pointwise = Work(num_macs=num_pixels * 256 * 64, activation_bytes=2 * num_pixels * 320, weight_bytes=32768)
     >>> round(speedup(pointwise, GPUS["H100"], density=0.1, rows=128, cols=16), 2)
     1.0
     """
@@ -95,10 +102,131 @@ def speedup(work: Work, gpu: Gpu, *, density: float, rows: int, cols: int) -> fl
     return work.seconds(gpu) / work.seconds(gpu, density=density, efficiency=efficiency)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What runs one layer, and why.
+
+    Attributes:
+        layer: its name.
+        size: its weight's shape.
+        num_macs: on the batch that was looked at.
+        bound: what takes longest in the dense layer, by the roofline.
+        best: the sparse kernel that should be fastest; "none" where the zeros have no pattern.
+        density: share of the weights that it would multiply with.
+        expected: how many times faster than dense it should be, by the roofline.
+        measured: how many times faster it was; None where it was not tried.
+        taken: whether it runs.
+    """
+
+    layer: str
+    size: tuple[int, ...]
+    num_macs: int
+    bound: Bound
+    best: str = "none"
+    density: float = 1.0
+    expected: float = 1.0
+    measured: float | None = None
+    taken: bool = False
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    kernel: str
+    density: float
+    expected: float
+    make: Callable[[], nn.Module]
+
+
+def choose(
+    name: str,
+    layer: LinearAct | Conv2dAct,
+    inputs: Sequence[Tensor],
+    output: Tensor,
+    *,
+    gpu: Gpu,
+    in_place: bool,
+    timed: bool,
+    forced: bool,
+) -> tuple[Choice, nn.Module]:
+    """The kernel for one layer, and the layer that runs it, which is `layer` where nothing is faster.
+
+    Args:
+        inputs: what it was called with: the input, and the residual if there is one. Only shapes and strides matter.
+        output: what it returned, likewise.
+        gpu: whose roofline to go by.
+        in_place: whether the residual may be overwritten and is not negative.
+        timed: whether the best candidate must also win on the stopwatch, on the layer's own device.
+        forced: take the best candidate in any case.
+    """
+    work = work_of(layer, inputs, output)
+    choice = Choice(name, tuple(layer.weight.shape), work.num_macs, work.bound(gpu))
+    candidates = _candidates(layer, inputs, output, work, gpu, in_place=in_place)
+    if not candidates:
+        return choice, layer
+    best = max(candidates, key=lambda candidate: (candidate.expected, -candidate.density))
+    choice = replace(choice, best=best.kernel, density=best.density, expected=best.expected)
+    if best.expected < _WORTH_IT and not forced:
+        return choice, layer
+    made = best.make()
+    if timed:
+        tensors = [torch.randn_like(like, device=layer.weight.device) for like in inputs]
+        dense_s, made_s = (replay_seconds(partial(each, *tensors)) for each in (layer, made))
+        choice = replace(choice, measured=dense_s / made_s)
+        if dense_s < _WORTH_IT * made_s:
+            return choice, layer
+    return replace(choice, taken=True), made
+
+
+def work_of(layer: LinearAct | Conv2dAct, inputs: Sequence[Tensor], output: Tensor) -> Work:
+    """What a layer does when it is called with these inputs."""
+    per_output = layer.weight[0].numel()
+    size = output.element_size()
+    return Work(
+        num_macs=output.numel() * per_output,
+        activation_bytes=size * (sum(each.numel() for each in inputs) + output.numel()),
+        weight_bytes=size * layer.weight.numel(),
+        window=layer.weight[0, 0].numel() > 1,
+    )
+
+
+def _candidates(
+    layer: LinearAct | Conv2dAct, inputs: Sequence[Tensor], output: Tensor, work: Work, gpu: Gpu, *, in_place: bool
+) -> list[_Candidate]:
+    """The sparse kernels that a layer's zeros allow."""
+    if isinstance(layer, Conv2dAct) and layer.groups > 1:
+        return []
+    found = []
+    if in_place and isinstance(layer, Conv2dAct) and layer.act == "relu" and len(layer.weight) % CHANNELS == 0:
+        kept = len(touched_groups(layer)) * CHANNELS / len(layer.weight)
+        if 0 < kept < 1:
+            streams = 2 * output.numel() * output.element_size()  # the residual is read and written
+            less = replace(work, activation_bytes=round(work.activation_bytes - (1 - kept) * streams))
+            expected = work.seconds(gpu) / less.seconds(gpu, density=kept, efficiency=EFFICIENCY[128, 64])
+            found.append(_Candidate("residual subset", kept, expected, partial(ResidualSubset, layer)))
+    nonzero_NK = layer.weight.movedim(1, -1).flatten(1) != 0
+    taps = nonzero_NK.shape[1] // layer.weight.shape[1]
+    for rows, cols in EFFICIENCY:
+        if 2 * len(nonzero_NK) < rows or layer.weight.shape[1] % cols:
+            continue
+        density = float(blocks(nonzero_NK, rows, cols, taps).any(3).any(2).float().mean())
+        if density < 1:
+            expected = speedup(work, gpu, density=density, rows=rows, cols=cols)
+            make = partial(_sparse, layer, rows, cols)
+            found.append(_Candidate(f"block {rows}x{cols}", density, expected, make))
+    return found
+
+
 def gpu_of(device: torch.device) -> Gpu:
     """What is known of a device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((gpu for key, gpu in GPUS.items() if key in name), GPUS["H100"])
+
+
+def _sparse(layer: LinearAct | Conv2dAct, rows: int, cols: int) -> nn.Module:
+    """The layer with its weight in groups of these sides."""
+    if isinstance(layer, LinearAct):
+        return SparseLinear(layer, rows=rows, cols=cols)
+    return SparseConv2d(layer, rows=rows, cols=cols)
 
 
 def replay_seconds(run: Callable[[], Tensor], *, num_replays: int = 20) -> float:
@@ -125,4 +253,4 @@ def replay_seconds(run: Callable[[], Tensor], *, num_replays: int = 20) -> float
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return median(times)
+    return float(median(times))

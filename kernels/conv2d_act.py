@@ -6,11 +6,13 @@ ops, which a compiler may fuse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, relu, silu
 
-ACTIVATIONS = {"none": lambda x: x, "relu": relu, "gelu": gelu, "silu": silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "relu": relu, "gelu": gelu, "silu": silu}
 _FUSED = (torch.float32, torch.float16)
 
 
@@ -18,13 +20,12 @@ def conv2d_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    residual: Tensor | None = None,
-    *,
+    residual: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    groups: int = 1,
-    act: str = "none",
+    groups: int,
+    act: str,
 ) -> Tensor:
     """act(conv2d(x, weight) + bias + residual), for inference.
 

@@ -1,4 +1,4 @@
-"""A trained network as it should run on a GPU: BatchNorms folded, activations and residuals fused, zeros skipped.
+"""A trained network as it should run on a GPU: BatchNorms folded, what follows a layer fused, zeros skipped.
 
 torch exports the network, so its forward needs no edits. What comes out is an ordinary module: it compiles without
 graph breaks, can be exported again, and its state dict is plain tensors.
@@ -6,124 +6,128 @@ graph breaks, can be exported again, and its state dict is plain tensors.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, export
 from torch.fx import GraphModule, Node
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from sparsekit.errors import TraceError
-from sparsekit.kernels.modules import Conv2dAct
-from sparsekit.surgery import copied
+from sparsekit.errors import UsageError, nearest
+from sparsekit.fusion import fused
+from sparsekit.kernels.choice import choose, gpu_of
+from sparsekit.kernels.modules import Conv2dAct, LinearAct, ResidualSubset, SparseConv2d, SparseLinear
 
-_aten = torch.ops.aten
-_CONV2D = _aten.conv2d.default
-_BATCH_NORM = _aten._native_batch_norm_legit_no_training.default
+Backend = Literal["auto", "dense", "sparse"]
 
 
-def accelerate(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
-    """A copy of `model` for inference, the same function up to rounding.
+def accelerate(model: nn.Module, example_inputs: tuple[Any, ...], *, backend: Backend = "auto") -> GraphModule:
+    """A copy of `model` for inference, the same function up to rounding, with its zeros skipped where that pays.
 
     Args:
-        model: on the device that it will run on; stays as it is.
-        example_inputs: positional arguments of a forward pass, the batch first, two at least; later it may change.
+        model: on the device, and in the dtype, that it will run in; stays as it is.
+        example_inputs: positional arguments of a forward pass, the batch first, two at least; later it may change, but
+            what pays is decided at this one.
+        backend: "auto" takes a sparse kernel where the roofline of the GPU, and then a stopwatch on it, say that it is
+            faster, and never without a GPU; "sparse" wherever zeros have a pattern; "dense" nowhere.
 
     Raises:
         TraceError: torch cannot export the model.
+        UsageError: an unknown backend.
     """
-    network = _exported(model, example_inputs)
-    for conv in network.graph.find_nodes(op="call_function", target=_CONV2D):
-        _fuse(network, conv)
-    network.graph.eliminate_dead_code()
-    _forget_unused(network)
-    network.recompile()
+    if backend not in (known := list(get_args(Backend))):
+        raise UsageError(f"accelerate: unknown backend {backend!r}{nearest(backend, known)}")
+    network = fused(model, example_inputs)
+    if backend == "dense":
+        return network
+    device = next(
+        (leaf.device for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)), torch.device("cpu")
+    )
+    seen = _calls(network, example_inputs)
+    choices = []
+    for node in network.graph.nodes:
+        if node.target in seen:
+            layer: Any = network.get_submodule(node.target)
+            inputs, output = seen[node.target]
+            choice, chosen = choose(
+                node.target,
+                layer,
+                inputs,
+                output,
+                gpu=gpu_of(device),
+                in_place=_may_overwrite(network, node),
+                timed=backend == "auto" and device.type == "cuda",
+                forced=backend == "sparse",
+            )
+            if backend == "auto" and device.type != "cuda":
+                choice, chosen = replace(choice, taken=False), layer
+            network.set_submodule(node.target, chosen)
+            choices.append(choice)
+    network.meta["choices"] = tuple(choices)
     return network
 
 
+def explain(network: GraphModule) -> str:
+    """What `accelerate` chose for each layer of its network, and why, as a table.
+
+    Expected and measured are how many times faster than dense; * marks what runs.
+    """
+    rows = [("layer", "weight", "MACs", "bound", "kernel", "density", "expected", "measured", "")]
+    for choice in network.meta["choices"]:
+        rows.append(
+            (
+                choice.layer.rpartition(".")[0],
+                "x".join(map(str, choice.size)),
+                f"{choice.num_macs:,}",
+                choice.bound,
+                choice.best,
+                f"{choice.density:.2f}",
+                f"{choice.expected:.2f}x",
+                "" if choice.measured is None else f"{choice.measured:.2f}x",
+                "*" if choice.taken else "",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def densify(network: GraphModule) -> GraphModule:
-    """The same network of torch's own ops alone, for exporters that know no others; the weights are shared."""
+    """The same network of torch's own ops alone, for exporters that know no others; dense weights are shared."""
     dense = GraphModule(network, network.graph)
     for name, module in list(dense.named_modules()):
-        if isinstance(module, Conv2dAct):
+        if isinstance(module, Conv2dAct | SparseConv2d | SparseLinear | ResidualSubset):
             dense.set_submodule(name, module.densify())
     return dense
 
 
-def _exported(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
-    """The forward in eval mode as a graph of functions, nothing in place; its parameters are frozen."""
-    shapes = tree_map_only(Tensor, lambda _: {0: Dim.AUTO}, inputs)
-    try:
-        program = export(copied(model).eval(), inputs, dynamic_shapes=shapes).run_decompositions({})
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise TraceError(f"accelerate: torch cannot export this network: {str(error).splitlines()[0]}") from error
-    network: GraphModule = program.module(check_guards=False).requires_grad_(False)
-    return network
+def _calls(network: GraphModule, inputs: tuple[Any, ...]) -> dict[str, tuple[list[Tensor], Tensor]]:
+    """By name of each fused layer what it is called with and what it returns, on the meta device."""
+    seen: dict[str, tuple[list[Tensor], Tensor]] = {}
+
+    def note(name: str, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = [argument.to("meta") for argument in arguments], output.to("meta")
+
+    hooks = [
+        module.register_forward_hook(lambda _, arguments, output, name=name: note(name, arguments, output))
+        for name, module in network.named_modules()
+        if isinstance(module, Conv2dAct | LinearAct)
+    ]
+    with torch.no_grad():
+        network(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
-def _fuse(network: GraphModule, conv: Node) -> None:
-    """Make one module of a convolution and the BatchNorm, addition and ReLU after it that nothing else reads."""
-    x, weight, bias, stride, padding, dilation, groups = (*conv.args, *_DEFAULTS[len(conv.args) :])
-    kernel, shift, last = _tensor(network, weight), _tensor(network, bias), conv
-    norm = _only_reader(conv, (_BATCH_NORM,))
-    if norm and (output := _only_reader(norm, (operator.getitem,))):
-        mean, var, gamma, beta = (_tensor(network, norm.args[number]) for number in (3, 4, 1, 2))
-        kernel, shift = fuse_conv_bn_weights(kernel, shift, mean, var, norm.args[6], gamma, beta)
-        last = output
-    residual = None
-    add = _only_reader(last, (_aten.add.Tensor,))
-    if add and not add.kwargs and _only_reader(add, (_aten.relu.default,)):
-        other = next((argument for argument in add.args if argument is not last), None)
-        if isinstance(other, Node) and _shape(other) == _shape(last):
-            residual, last = other, add
-    relu = _only_reader(last, (_aten.relu.default,))
-    module = Conv2dAct(  # clones, because a layer that runs twice is two modules here
-        kernel.detach().clone(),
-        kernel.new_zeros(len(kernel)) if shift is None else shift.detach().clone(),
-        stride=list(stride),
-        padding=list(padding),
-        dilation=list(dilation),
-        groups=groups,
-        act="relu" if relu else "none",
-    )
-    last = relu or last
-    name = f"{str(weight.target).rpartition('.')[0]}.{conv.name}".lstrip(".")
-    network.add_submodule(name, module)
-    with network.graph.inserting_after(last):
-        call = network.graph.call_module(name, (x,) if residual is None else (x, residual))
-    call.meta["val"] = last.meta["val"]
-    last.replace_all_uses_with(call)
-
-
-_DEFAULTS = (None, None, None, [1, 1], [0, 0], [1, 1], 1)  # of conv2d's arguments
-
-
-def _forget_unused(network: GraphModule) -> None:
-    """Drop the tensors that the graph no longer reads."""
-    read = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}
-    called = tuple(f"{node.target}." for node in network.graph.nodes if node.op == "call_module")
-    for name in list(network.state_dict()):
-        if name not in read and not name.startswith(called):
-            owner, _, leaf = name.rpartition(".")
-            delattr(network.get_submodule(owner), leaf)
-    network.delete_all_unused_submodules()
-
-
-def _only_reader(node: Node, targets: Collection[object]) -> Node | None:
-    """The one node that reads this one, if it is a call of one of `targets`."""
-    readers = list(node.users)
-    return readers[0] if len(readers) == 1 and readers[0].target in targets else None
-
-
-def _tensor(network: GraphModule, node: Node | None) -> Tensor | None:
-    """The parameter or buffer that a node stands for."""
-    return None if node is None else operator.attrgetter(str(node.target))(network)
-
-
-def _shape(node: Node) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape
+def _may_overwrite(network: GraphModule, node: Node) -> bool:
+    """Whether a layer's residual comes out of a ReLU and is not read after the layer."""
+    if len(node.args) < 2:
+        return False
+    source: Any = node.args[1]
+    made = network.get_submodule(source.target) if source.op == "call_module" else None
+    rectified = isinstance(made, Conv2dAct | SparseConv2d) and made.act == "relu"
+    order = {each: number for number, each in enumerate(network.graph.nodes)}
+    # A reader that is no layer might hand the same memory on.
+    readers_are_done = all(reader.op == "call_module" and order[reader] <= order[node] for reader in source.users)
+    return (rectified or isinstance(made, ResidualSubset)) and readers_are_done
