@@ -13,7 +13,6 @@ from sparsekit.kernels.masks import group_mask
 from sparsekit.kernels.triton.group_linear import launch
 from tests.kernels.fences import fenced, is_intact
 
-
 # A unit in the last place of the result, which the interpreter truncates in bfloat16, and the loss of a float32 sum.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
