@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.kernels.formats import blocks
-from sparsekit.kernels.modules import Conv2dAct, LinearAct, ResidualSubset, SparseConv2d, SparseLinear, touched_groups
+from sparsekit.kernels.modules import (
+    Conv2dAct,
+    LinearAct,
+    NM24Linear,
+    ResidualSubset,
+    SparseConv2d,
+    SparseLinear,
+    touched_groups,
+)
 from sparsekit.kernels.residual_subset import CHANNELS
 
 Bound = Literal["compute", "memory", "launch"]
@@ -49,6 +57,7 @@ GPUS = {
 # Share of dense speed that a kernel reaches by its groups' sides; between them, by area.
 EFFICIENCY = {(128, 128): 0.70, (128, 64): 0.67, (128, 16): 0.65, (64, 64): 0.48, (32, 32): 0.30, (16, 16): 0.18}
 _WINDOW_EFFICIENCY = 0.85  # of convolutions, whose inputs are gathered pixel by pixel
+_FEW_SAMPLES = 32  # so many that reading the weight takes longer than multiplying with it
 _WORTH_IT = 1.05  # a kernel that is no faster than this is not worth being another one
 
 
@@ -203,6 +212,10 @@ def _candidates(
             less = replace(work, activation_bytes=round(work.activation_bytes - (1 - kept) * streams))
             expected = work.seconds(gpu) / less.seconds(gpu, density=kept, efficiency=EFFICIENCY[128, 64])
             found.append(_Candidate("residual subset", kept, expected, partial(ResidualSubset, layer)))
+    samples = output.numel() // output.shape[-1]
+    if isinstance(layer, LinearAct) and len(inputs) == 1 and samples <= _FEW_SAMPLES and _is_nm24(layer.weight):
+        less = replace(work, weight_bytes=work.weight_bytes * 9 // 16)
+        found.append(_Candidate("2:4", 0.5, work.seconds(gpu) / less.seconds(gpu), partial(NM24Linear, layer)))
     nonzero_NK = layer.weight.movedim(1, -1).flatten(1) != 0
     taps = nonzero_NK.shape[1] // layer.weight.shape[1]
     for rows, cols in EFFICIENCY:
@@ -220,6 +233,11 @@ def gpu_of(device: torch.device) -> Gpu:
     """What is known of a device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((gpu for key, gpu in GPUS.items() if key in name), GPUS["H100"])
+
+
+def _is_nm24(weight_NK: Tensor) -> bool:
+    """Whether at most 2 of every 4 consecutive inputs are not zero."""
+    return weight_NK.shape[1] % 4 == 0 and bool(((weight_NK != 0).view(len(weight_NK), -1, 4).sum(2) <= 2).all())
 
 
 def _sparse(layer: LinearAct | Conv2dAct, rows: int, cols: int) -> nn.Module:

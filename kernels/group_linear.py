@@ -3,18 +3,16 @@
 # M samples, N outputs, K inputs
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, relu, silu
+from torch.nn.functional import linear
 
 from sparsekit.errors import KernelError
+from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.dispatch import runs_triton
 from sparsekit.kernels.formats import GroupSparse, gather_groups, scatter_groups
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda z: z, "relu": relu, "gelu": gelu, "silu": silu}
 
 
 def group_linear(

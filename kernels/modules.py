@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from sparsekit.kernels.conv2d_act import ACTIVATIONS, conv2d_act
-from sparsekit.kernels.formats import GroupSparse, pack
+from sparsekit.kernels.formats import NM24, GroupSparse, pack
 from sparsekit.kernels.group_conv2d import group_conv2d, pack_conv2d
 from sparsekit.kernels.group_linear import group_linear
+from sparsekit.kernels.nm24_linear import nm24_linear
 from sparsekit.kernels.residual_subset import CHANNELS, pack_subset, residual_subset_conv2d_
 
 
@@ -124,6 +125,29 @@ class SparseLinear(_Packed):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """As `LinearAct`."""
         return group_linear(x, self.packed, self.bias, residual, act=self.act)
+
+    def densify(self) -> LinearAct:
+        """The same of torch's own ops, with its zeros."""
+        return LinearAct(self.packed.to_dense(), self.bias, act=self.act)
+
+
+class NM24Linear(nn.Module):
+    """A `LinearAct` of whose weight at most 2 of every 4 consecutive inputs are not zero, for few samples."""
+
+    def __init__(self, dense: LinearAct) -> None:
+        super().__init__()
+        packed = NM24.pack(dense.weight)
+        self.values, self.positions, self.bias = map(nn.Buffer, (packed.values, packed.positions, dense.bias))
+        self.shape, self.act = packed.shape, dense.act
+
+    @property
+    def packed(self) -> NM24:
+        """The weight, [N, K]."""
+        return NM24(self.values, self.positions, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K]."""
+        return nm24_linear(x, self.packed, self.bias, act=self.act)
 
     def densify(self) -> LinearAct:
         """The same of torch's own ops, with its zeros."""

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekit.errors import KernelError
+from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.dispatch import runs_triton
 from sparsekit.kernels.formats import NM24
-from sparsekit.kernels.group_linear import ACTIVATIONS
 
 
 def nm24_linear(x: Tensor, weight: NM24, bias: Tensor | None = None, *, act: str = "none") -> Tensor:

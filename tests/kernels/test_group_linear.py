@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from sparsekit.errors import KernelError
+from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.formats import GroupSparse, pack
-from sparsekit.kernels.group_linear import ACTIVATIONS, group_linear
+from sparsekit.kernels.group_linear import group_linear
 from sparsekit.kernels.masks import group_mask
 
 SHAPES = [(5, 32, 48), (7, 20, 21), (1, 1, 1), (0, 16, 8)]

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekit.errors import KernelError
+from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.formats import NM24
-from sparsekit.kernels.group_linear import ACTIVATIONS
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.kernels.nm24_linear import nm24_linear
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sparsekit.kernels.configs import LINEAR_TILES, LinearTile
+from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.formats import GroupSparse, pack
-from sparsekit.kernels.group_linear import ACTIVATIONS, group_linear
+from sparsekit.kernels.group_linear import group_linear
 from sparsekit.kernels.masks import group_mask
 from sparsekit.kernels.triton.group_linear import launch
 from tests.kernels.fences import fenced, is_intact

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.formats import NM24
-from sparsekit.kernels.group_linear import ACTIVATIONS
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.kernels.nm24_linear import nm24_linear
 from sparsekit.kernels.triton.nm24_linear import launch
