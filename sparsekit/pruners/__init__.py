@@ -20,6 +20,7 @@ from sparsekit.pruners.magnitude_unstructured import MagnitudeUnstructured
 from sparsekit.pruners.network_slimming import NetworkSlimming
 from sparsekit.pruners.neuron_merging import NeuronMerging
 from sparsekit.pruners.random import Random
+from sparsekit.pruners.residual_subset import ResidualSubset
 from sparsekit.pruners.soft_filter import SoftFilter
 from sparsekit.pruners.taylor import Taylor
 from sparsekit.pruners.transport import Transport
@@ -45,8 +46,11 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "gmp": GMP,
     "magnitude_unstructured": MagnitudeUnstructured,
     "magnitude_pattern": MagnitudePattern,
+    "residual_subset": ResidualSubset,
     "transport_unstructured": TransportUnstructured,
 }
 
 # Methods that zero weights, not channels: their budget is `nonzero`.
-UNSTRUCTURED = frozenset({"gmp", "magnitude_unstructured", "magnitude_pattern", "transport_unstructured"})
+UNSTRUCTURED = frozenset(
+    {"gmp", "magnitude_unstructured", "magnitude_pattern", "residual_subset", "transport_unstructured"}
+)
