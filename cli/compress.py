@@ -63,9 +63,12 @@ def _without_pattern(*, pattern: str | None, density: float | None, **flags: Any
     for name, other in (("method", "--method"), ("budget", "--budget")):
         if flags[name] is not None:
             raise UsageError(f"--pattern and {other} {flags[name]}: choose one")
+    density = 0.5 if density is None else density
+    if pattern == "residual:16":
+        options = {**flags["options"], "density": density}
+        return flags | {"method": "residual_subset", "options": options, "budget": "nonzero<=1x"}
     options = {**flags["options"], "pattern": pattern}
-    budget = f"nonzero<={0.5 if density is None else density:g}x"
-    return flags | {"method": "magnitude_pattern", "options": options, "budget": budget}
+    return flags | {"method": "magnitude_pattern", "options": options, "budget": f"nonzero<={density:g}x"}
 
 
 @click.command()
@@ -83,8 +86,8 @@ def _without_pattern(*, pattern: str | None, density: float | None, **flags: Any
 @click.option("--method", help=f"One of {', '.join(PRUNERS)}.")
 @click.option("-o", "--option", "options", multiple=True, callback=_options, help="Method option, NAME=VALUE.")
 @click.option("--budget", help="Like 'latency<=4ms', 'latency<=0.5x and accuracy>=-1%', 'macs<=0.5x'.")
-@click.option("--pattern", help="Zeros that a GPU can skip, in place of fewer channels: block:128x16, 2:4.")
-@click.option("--density", type=float, help="Share of the weights that the pattern leaves; a half unless given.")
+@click.option("--pattern", help="Zeros that a GPU can skip, in place of fewer channels: block:128x16, 2:4, residual:16.")
+@click.option("--density", type=float, help="Share that the pattern leaves of the weights, or of the stream; a half unless given.")
 @click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
 @click.option("--renormalise/--no-renormalise", default=None, help="Also prune channels that LayerNorm runs over.")
 @click.option("--recover", help="Repair without labels: none, bn, lsq or distill, each with those before it.")

@@ -124,7 +124,9 @@ def _may_overwrite(network: GraphModule, node: Node) -> bool:
     """Whether a layer's residual comes out of a ReLU and is not read after the layer."""
     if len(node.args) < 2:
         return False
-    source: Any = node.args[1]
+    x, source = node.args[:2]
+    if not isinstance(x, Node) or not isinstance(source, Node) or x is source or x.op != "call_module":
+        return False
     made = network.get_submodule(source.target) if source.op == "call_module" else None
     rectified = isinstance(made, Conv2dAct | SparseConv2d) and made.act == "relu"
     order = {each: number for number, each in enumerate(network.graph.nodes)}

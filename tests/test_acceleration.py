@@ -135,6 +135,7 @@ class Wide(nn.Module):
         self.stem = nn.Conv2d(3, 64, 3, padding=1)
         self.reduce, self.bn1 = nn.Conv2d(64, 32, 1, bias=False), nn.BatchNorm2d(32)
         self.expand, self.bn2 = nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.wide = nn.Conv2d(64, 64, 3, padding=1, bias=False)
         self.hidden, self.head = nn.Linear(64, 128), nn.Linear(128, 64)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def wide(*, pattern: str = "", branch_groups: int = 4) -> nn.Module:
     torch.manual_seed(0)
     network = Wide().eval()
     with torch.no_grad():
-        for tensor in (network.expand.weight, network.bn2.weight, network.bn2.bias):
+        for tensor in (network.wide.weight, network.expand.weight, network.bn2.weight, network.bn2.bias):
             tensor[16 * branch_groups :] = 0
     if not pattern:
         return network
@@ -191,7 +192,7 @@ def test_a_branch_that_touches_some_channels_updates_the_stream_in_place() -> No
     assert torch.equal(x, before)
 
 
-def test_a_stream_that_is_read_later_or_may_be_negative_is_not_overwritten() -> None:
+def test_a_stream_that_is_read_later_or_beside_or_may_be_negative_is_not_overwritten() -> None:
     class ReadLater(Wide):
         def forward(self, x: Tensor) -> Tensor:
             stream = relu(self.stem(x))
@@ -204,7 +205,13 @@ def test_a_stream_that_is_read_later_or_may_be_negative_is_not_overwritten() -> 
             out: Tensor = relu(stream + self.bn2(self.expand(relu(self.bn1(self.reduce(stream))))))
             return out
 
-    for make in (ReadLater, Negative):
+    class ReadAroundEachPixel(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            stream = relu(self.stem(x))
+            out: Tensor = relu(stream + self.bn2(self.wide(stream)))
+            return out
+
+    for make in (ReadLater, Negative, ReadAroundEachPixel):
         network, x = make().eval(), images(4)
         network.load_state_dict(wide(branch_groups=1).state_dict())
         fast = accelerate(network, (x,), backend="sparse")

@@ -313,8 +313,9 @@ def test_every_recipe_key_is_a_flag_and_every_flag_a_key() -> None:
     flags = {parameter.name for parameter in commands.commands["compress"].params}
     keys = {field.name for field in dataclasses.fields(Recipe)}
     about_the_run = {"recipe_path", "folder", "overwrite", "resume", "as_json", "no_data"}
-    assert flags - about_the_run == keys
-    assert about_the_run <= flags
+    in_other_words = {"pattern", "density"}  # a method, its option and a budget
+    assert flags - about_the_run - in_other_words == keys
+    assert about_the_run | in_other_words <= flags
 
 
 def test_flags_win_over_the_recipe_and_options_add_up(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from onnx import TensorProto, helper
 
 from sparsekit import latency, latency_worker
@@ -417,7 +418,7 @@ def run_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *flags: str, resu
         return result
 
     monkeypatch.setattr(bench, "measure_latency", measure)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(bench, "out", Console(markup=False, highlight=False, width=100))
     ran = CliRunner().invoke(bench.bench, [str(file), *flags])
     return SimpleNamespace(asked=asked, code=ran.exit_code, out=ran.stdout, err=ran.stderr)
 

@@ -43,7 +43,7 @@ from sparsekit.training import fit
 from tests import tiny
 
 SCOPES: list[Scope] = ["global", "layer"]
-METHODS = sorted(UNSTRUCTURED - {"magnitude_pattern"})  # which zeroes groups of weights
+METHODS = sorted(UNSTRUCTURED - {"magnitude_pattern", "residual_subset"})  # which zero groups of weights
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 NUM_WEIGHTS = 8 * 9 + 16 * 8 * 9 + 10 * 16  # tiny.Net: two convolutions and the head
 BUDGET = Budget.parse("nonzero<=0.1x")

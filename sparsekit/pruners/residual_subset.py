@@ -4,15 +4,15 @@ A GPU updates a stream in place, and neither reads nor writes the channels that 
 channels at least. So each branch keeps the groups of 16 in which its filters are strongest, the same share in every
 branch, and what it makes of the other channels becomes exactly zero.
 
-First the channels of a stream are put into an order in which those that the same branches need lie together: the order
-is a balanced clustering into groups of 16. Given which groups each branch keeps, pairs of channels swap groups as long
-as that raises the importance kept; given the order, each branch keeps its best groups; in turn, as in k-means, until
-nothing improves. All layers that write or read the stream follow, so that the order alone changes nothing.
+First the channels of a stream are put into another order, a balanced clustering into groups of 16 that the same
+branches need. Given which groups each branch keeps, pairs of channels swap groups as long as that raises the importance
+kept; given the order, each branch keeps its best groups; in turn, as in k-means, until nothing improves. All layers
+that write or read the stream follow, so that the order alone changes nothing.
 
 Branches end in a convolution, with a BatchNorm or none, and are added to a stream that comes out of a ReLU, and the sum
 goes into one: relu(s + 0) = s then holds. So a stream's first writer and those of blocks that change its size stay
 whole, as do linear sums, where pre-activation networks and MobileNet V2 have no ReLU, branches that end in something
-else, like squeeze and excitation, and streams whose channels are a part of a wider one.
+else, like squeeze and excitation, and streams that are a part of a wider one or may not be cut.
 
 Needs task.example_inputs, to see what is added to what.
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,7 +104,7 @@ def branches(program: Program) -> list[Layer]:
 
 
 def best_groups(importance_BC: Tensor, num_kept: int) -> Tensor:
-    """Which groups of 16 channels each branch keeps, exactly `num_kept`, equal ones by position: bool [B, G].
+    """Which groups each branch keeps, exactly `num_kept`, equal ones by position: bool [B, G].
 
     >>> best_groups(torch.arange(48.0)[None], 2).tolist()
     [[False, True, True]]
@@ -123,20 +124,28 @@ def kept_importance(importance_BC: Tensor, num_kept: int) -> float:
 
 
 def clustered(importance_BC: Tensor, num_kept: int) -> Tensor:
-    """An order of the channels in which each branch, keeping `num_kept` groups of 16, keeps more: int64 [C].
+    """An order of the channels in which branches that keep `num_kept` groups each keep more: int64 [C].
 
-    Position p holds channel `order[p]`. Never worse than the order as it is.
-
-    Args:
-        importance_BC: of each channel in each branch, at least 0, float64, C a multiple of 16.
-        num_kept: at least 1.
+    Position p gets channel `order[p]`. It is the better one of those found from the order as it is, and from one where
+    channels that the same branches want lie side by side. The importance, [B, C], is at least 0, C a multiple of 16.
 
     >>> odd = torch.tensor([[0.0, 1.0]]).repeat(1, 16).double()
     >>> (clustered(odd, 1)[:16] % 2).tolist() in ([0] * 16, [1] * 16)
     True
     """
-    order_C = torch.arange(importance_BC.shape[1])
-    kept = kept_importance(importance_BC, num_kept)
+    num_channels = importance_BC.shape[1]
+    wanted = importance_BC.argsort(dim=1, descending=True, stable=True)[:, : CHANNELS * num_kept]
+    wanted_BC = torch.zeros(importance_BC.shape, dtype=torch.int64).scatter(1, wanted, 1)
+    # Who wants a channel is a word of bits. In a Gray code's order, where a word stands at the parities of its
+    # beginnings, neighbours differ in one branch.
+    by_word_C = torch.from_numpy(np.lexsort(wanted_BC.cumsum(0).remainder(2).flip(0).numpy()))
+    found = [_improved(importance_BC, start_C, num_kept) for start_C in (torch.arange(num_channels), by_word_C)]
+    return max(found, key=lambda order_C: kept_importance(importance_BC[:, order_C], num_kept))
+
+
+def _improved(importance_BC: Tensor, order_C: Tensor, num_kept: int) -> Tensor:
+    """The order after both halves of the clustering in turn, until nothing more is kept."""
+    kept = kept_importance(importance_BC[:, order_C], num_kept)
     while True:
         chosen_BG = best_groups(importance_BC[:, order_C], num_kept)
         tried_C = _swapped(importance_BC.T @ chosen_BG.to(importance_BC), order_C)
@@ -147,12 +156,7 @@ def clustered(importance_BC: Tensor, num_kept: int) -> Tensor:
 
 
 def _swapped(value_CG: Tensor, order_C: Tensor) -> Tensor:
-    """The order after swaps of two channels between groups, the best one first, until none raises the sum of values.
-
-    Args:
-        value_CG: what a channel is worth in a group.
-        order_C: to start from.
-    """
+    """The order after swaps of two channels between groups, the best first, until none raises the sum of values."""
     members_GM = order_C.view(-1, CHANNELS).clone()
     num_groups, least = len(members_GM), 1e-9 * float(value_CG.abs().max())
     gain_GG = value_CG.new_zeros(num_groups, num_groups)  # of the member that gains most by a move
@@ -206,13 +210,11 @@ def _updates_stream(forward: Pass, layer: Layer) -> bool:
     made = max((n for n in range(layer.step) if stream.value in forward.steps[n].outputs), default=-1)
     if made < 0 or len(before) != 1 or len(sums) != 1:
         return False
-    *others, last = _readers(forward, stream.value, made + 1)
+    *others, _ = _readers(forward, stream.value, made + 1)  # the sum comes last: it is no convolution
     rectified = _readers(forward, forward.steps[sums[0]].outputs[0], sums[0] + 1)
     ops = [step.op.split(".")[1].rstrip("_") for step in forward.steps] + ["return"]
-    return (
-        [ops[made], *(ops[number] for number in rectified)] == ["relu", "relu"]
-        and last == sums[0]
-        and all(ops[number] == "convolution" for number in others)
+    return [ops[made], *(ops[number] for number in rectified)] == ["relu", "relu"] and all(
+        ops[number] == "convolution" for number in others
     )
 
 
@@ -290,7 +292,7 @@ def _zero(
     states = layer.norm.states if layer.norm else {}
     for name in filter(None, (layer.weight, layer.bias, states.get("weight"), states.get("bias"))):
         parameter = tensor_of(program, name)
-        nonzero[name] = kept_C.view(-1, *[1] * (parameter.dim() - 1)).expand(parameter.shape).contiguous()
+        nonzero[name] = kept_C.view(-1, *[1] * (parameter.dim() - 1)).repeat(1, *parameter.shape[1:])
     if "running_mean" in states:
         name = states["running_mean"]
         weights[name] = weights.get(name, tensor_of(program, name).detach().cpu()) * kept_C
