@@ -7,8 +7,8 @@ A row per network and number of threads:
 
 - ours: `sparsekit compress --method magnitude --budget 'latency<=0.5x'`; the ratio of its file to the dense one's,
   MACs, candidates measured, seconds of tables (cold or from the cache) and of the whole search;
-- Torch-Pruning 1.6, magnitude, one ratio for all layers: cut to the MACs of ours at its defaults and with `round_to=8`,
-  and cut until its file takes the latency of ours to 2 %, the faster way of the two; all files timed in turns in one run.
+- Torch-Pruning 1.6, magnitude, one ratio for all layers: cut to the MACs of ours at its defaults and with `round_to=8`;
+  the faster of the two cut until its file takes the latency of ours to 2 %. All files are timed in turns in one run.
 
 Torch-Pruning cannot run some networks that it has cut; the row says so.
 """
