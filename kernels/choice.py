@@ -27,6 +27,7 @@ from sparsekit.kernels.modules import (
     touched_groups,
 )
 from sparsekit.kernels.residual_subset import CHANNELS
+from sparsekit.kernels.timing import replay_seconds
 
 Bound = Literal["compute", "memory", "launch"]
 
@@ -179,7 +180,8 @@ def choose(
     made = best.make()
     if timed:
         tensors = [torch.randn_like(like, device=layer.weight.device) for like in inputs]
-        dense_s, made_s = (replay_seconds(partial(each, *tensors)) for each in (layer, made))
+        runs = [partial(each, *tensors) for each in (layer, made)]
+        dense_s, made_s = map(median, replay_seconds(runs))
         choice = replace(choice, measured=dense_s / made_s)
         if dense_s < _WORTH_IT * made_s:
             return choice, layer
@@ -245,30 +247,3 @@ def _sparse(layer: LinearAct | Conv2dAct, rows: int, cols: int) -> nn.Module:
     if isinstance(layer, LinearAct):
         return SparseLinear(layer, rows=rows, cols=cols)
     return SparseConv2d(layer, rows=rows, cols=cols)
-
-
-def replay_seconds(run: Callable[[], Tensor], *, num_replays: int = 20) -> float:
-    """Median seconds of one call on a GPU, in a CUDA graph: what a launch from Python costs is not the layer's.
-
-    The GPU's cache is overwritten before each, as other layers would.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and lets libraries choose
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    flush = torch.empty(150 * 2**20, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(num_replays):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return float(median(times))
