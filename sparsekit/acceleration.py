@@ -127,7 +127,7 @@ def _may_overwrite(network: GraphModule, node: Node) -> bool:
     x, source = node.args[:2]
     if not isinstance(x, Node) or not isinstance(source, Node) or x is source or x.op != "call_module":
         return False
-    made = network.get_submodule(source.target) if source.op == "call_module" else None
+    made = network.get_submodule(str(source.target)) if source.op == "call_module" else None
     rectified = isinstance(made, Conv2dAct | SparseConv2d) and made.act == "relu"
     order = {each: number for number, each in enumerate(network.graph.nodes)}
     # A reader that is no layer might hand the same memory on.
