@@ -18,7 +18,7 @@ from benchmarks.kernels_convs import conv_mask
 from benchmarks.kernels_linears import normal
 from benchmarks.kernels_measure import described, failures, relative_error
 from benchmarks.kernels_run import alive
-from sparsekit.kernels.configs import CONV_TILES, LINEAR_TILES, LinearTile, gpu_at, max_stages
+from sparsekit.kernels.configs import CONV_TILES, LINEAR_TILES, Tile, gpu_at, max_stages
 from sparsekit.kernels.formats import NM24, pack
 from sparsekit.kernels.group_conv2d import Window, pack_conv2d
 from sparsekit.kernels.masks import group_mask, nm_mask
@@ -32,7 +32,7 @@ _STEP = 64
 Check = tuple[str, torch.dtype, Callable[[], float]]
 
 
-def configurations(tiles: tuple[LinearTile, ...], device: str) -> Iterator[tuple[LinearTile, torch.dtype]]:
+def configurations(tiles: tuple[Tile, ...], device: str) -> Iterator[tuple[Tile, torch.dtype]]:
     """In bfloat16 each tile with 4 and 8 warps and each depth that any has; in other dtypes as the tables have it."""
     depths = sorted({tile.num_stages for tile in tiles} | {2})
     arch = gpu_at(torch.device(device)).arch
@@ -53,7 +53,7 @@ def linear_checks(device: str = "cuda") -> Iterator[Check]:
         yield f"{tile}, {dtype}", dtype, partial(_linear_error, tile, dtype, device)
 
 
-def _linear_error(tile: LinearTile, dtype: torch.dtype, device: str) -> float:
+def _linear_error(tile: Tile, dtype: torch.dtype, device: str) -> float:
     from sparsekit.kernels.triton.group_linear import launch
 
     draw = partial(normal, device=device, dtype=dtype)
@@ -73,7 +73,7 @@ def conv_checks(device: str = "cuda") -> Iterator[Check]:
         yield f"{tile}, {dtype}", dtype, partial(_conv_error, tile, dtype, device)
 
 
-def _conv_error(tile: LinearTile, dtype: torch.dtype, device: str) -> float:
+def _conv_error(tile: Tile, dtype: torch.dtype, device: str) -> float:
     from sparsekit.kernels.triton.group_conv2d import launch
 
     draw = partial(normal, device=device, dtype=dtype)
@@ -95,7 +95,7 @@ def subset_checks(device: str = "cuda") -> Iterator[Check]:
         yield f"{tile}, {dtype}", dtype, partial(_subset_error, tile, dtype, device)
 
 
-def _subset_error(tile: LinearTile, dtype: torch.dtype, device: str) -> float:
+def _subset_error(tile: Tile, dtype: torch.dtype, device: str) -> float:
     from sparsekit.kernels.triton.group_conv2d import launch
 
     draw = partial(normal, device=device, dtype=dtype)

@@ -86,8 +86,12 @@ def _without_pattern(*, pattern: str | None, density: float | None, **flags: Any
 @click.option("--method", help=f"One of {', '.join(PRUNERS)}.")
 @click.option("-o", "--option", "options", multiple=True, callback=_options, help="Method option, NAME=VALUE.")
 @click.option("--budget", help="Like 'latency<=4ms', 'latency<=0.5x and accuracy>=-1%', 'macs<=0.5x'.")
-@click.option("--pattern", help="Zeros that a GPU can skip, in place of fewer channels: block:128x16, 2:4, residual:16.")
-@click.option("--density", type=float, help="Share that the pattern leaves of the weights, or of the stream; a half unless given.")
+@click.option(
+    "--pattern", help="Zeros that a GPU can skip, in place of fewer channels: block:128x16, 2:4, residual:16."
+)
+@click.option(
+    "--density", type=float, help="Share that the pattern leaves of the weights, or of the stream; a half unless given."
+)
 @click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
 @click.option("--renormalise/--no-renormalise", default=None, help="Also prune channels that LayerNorm runs over.")
 @click.option("--recover", help="Repair without labels: none, bn, lsq or distill, each with those before it.")

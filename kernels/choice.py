@@ -33,7 +33,7 @@ Bound = Literal["compute", "memory", "launch"]
 
 
 @dataclass(frozen=True)
-class Gpu:
+class Roofline:
     """What a GPU does at best.
 
     Attributes:
@@ -49,10 +49,10 @@ class Gpu:
 
 # What dense libraries reach, by the name that torch gives the device; anything else counts as an H100.
 GPUS = {
-    "H100": Gpu(800e12, 3.0e12),
-    "H200": Gpu(800e12, 4.3e12),
-    "A100": Gpu(250e12, 1.7e12),
-    "B200": Gpu(1800e12, 7.0e12),
+    "H100": Roofline(800e12, 3.0e12),
+    "H200": Roofline(800e12, 4.3e12),
+    "A100": Roofline(250e12, 1.7e12),
+    "B200": Roofline(1800e12, 7.0e12),
 }
 
 # Share of dense speed that a kernel reaches by its groups' sides; between them, by area.
@@ -78,16 +78,16 @@ class Work:
     weight_bytes: int
     window: bool = False
 
-    def seconds(self, gpu: Gpu, *, density: float = 1.0, efficiency: float = 1.0) -> float:
+    def seconds(self, gpu: Roofline, *, density: float = 1.0, efficiency: float = 1.0) -> float:
         """By the roofline, with this share of the weights and at this share of dense speed."""
         return max(self._times(gpu, density, efficiency).values())
 
-    def bound(self, gpu: Gpu) -> Bound:
+    def bound(self, gpu: Roofline) -> Bound:
         """What takes longest in the dense layer."""
         times = self._times(gpu, 1.0, 1.0)
         return max(times, key=lambda name: times[name])
 
-    def _times(self, gpu: Gpu, density: float, efficiency: float) -> dict[Bound, float]:
+    def _times(self, gpu: Roofline, density: float, efficiency: float) -> dict[Bound, float]:
         return {
             "compute": 2 * density * self.num_macs / (efficiency * gpu.flops),
             "memory": (self.activation_bytes + density * self.weight_bytes) / gpu.bytes_per_s,
@@ -95,7 +95,7 @@ class Work:
         }
 
 
-def speedup(work: Work, gpu: Gpu, *, density: float, rows: int, cols: int) -> float:
+def speedup(work: Work, gpu: Roofline, *, density: float, rows: int, cols: int) -> float:
     """How many times faster than dense a kernel for groups of `rows` by `cols` should be.
 
     >>> linear = Work(num_macs=4096**3, activation_bytes=4 * 4096**2, weight_bytes=2 * 4096**2)
@@ -153,7 +153,7 @@ def choose(
     inputs: Sequence[Tensor],
     output: Tensor,
     *,
-    gpu: Gpu,
+    gpu: Roofline,
     in_place: bool,
     timed: bool,
     forced: bool,
@@ -201,7 +201,7 @@ def work_of(layer: LinearAct | Conv2dAct, inputs: Sequence[Tensor], output: Tens
 
 
 def _candidates(
-    layer: LinearAct | Conv2dAct, inputs: Sequence[Tensor], output: Tensor, work: Work, gpu: Gpu, *, in_place: bool
+    layer: LinearAct | Conv2dAct, inputs: Sequence[Tensor], output: Tensor, work: Work, gpu: Roofline, *, in_place: bool
 ) -> list[_Candidate]:
     """The sparse kernels that a layer's zeros allow."""
     if isinstance(layer, Conv2dAct) and layer.groups > 1:
@@ -231,7 +231,7 @@ def _candidates(
     return found
 
 
-def gpu_of(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Roofline:
     """What is known of a device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((gpu for key, gpu in GPUS.items() if key in name), GPUS["H100"])

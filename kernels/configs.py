@@ -36,8 +36,8 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class LinearTile:
-    """Work of one program of `group_linear`: `block_m` samples by `block_n` outputs.
+class Tile:
+    """Work of one program of a kernel: `block_m` samples or pixels by `block_n` outputs.
 
     Attributes:
         block_n: divides the rows of the weight's groups.
@@ -54,19 +54,19 @@ class LinearTile:
 # 128 x 128 takes 96 KiB and 128 registers: two programs share a multiprocessor of an H100, hide each other's epilogue.
 # Few samples are bound by the weight's bytes: narrow tiles put them on all multiprocessors, many stages in flight.
 LINEAR_TILES = (
-    LinearTile(128, 128, num_warps=8, num_stages=3),
-    LinearTile(128, 64, num_warps=4, num_stages=4),
-    LinearTile(64, 64, num_warps=4, num_stages=4),
-    LinearTile(64, 32, num_warps=4, num_stages=5),
-    LinearTile(32, 32, num_warps=4, num_stages=6),
-    LinearTile(32, 16, num_warps=2, num_stages=8),
-    LinearTile(16, 64, num_warps=4, num_stages=6),
-    LinearTile(16, 32, num_warps=2, num_stages=8),
-    LinearTile(16, 16, num_warps=2, num_stages=8),
+    Tile(128, 128, num_warps=8, num_stages=3),
+    Tile(128, 64, num_warps=4, num_stages=4),
+    Tile(64, 64, num_warps=4, num_stages=4),
+    Tile(64, 32, num_warps=4, num_stages=5),
+    Tile(32, 32, num_warps=4, num_stages=6),
+    Tile(32, 16, num_warps=2, num_stages=8),
+    Tile(16, 64, num_warps=4, num_stages=6),
+    Tile(16, 32, num_warps=2, num_stages=8),
+    Tile(16, 16, num_warps=2, num_stages=8),
 )
 
 
-def linear_tile(gpu: Gpu, *, num_samples: int, num_out: int, rows: int, step: int, itemsize: int) -> LinearTile:
+def linear_tile(gpu: Gpu, *, num_samples: int, num_out: int, rows: int, step: int, itemsize: int) -> Tile:
     """The largest tile that keeps three quarters of the GPU busy, else the smallest.
 
     Args:
@@ -94,19 +94,19 @@ def linear_tile(gpu: Gpu, *, num_samples: int, num_out: int, rows: int, step: in
 # Of a convolution, block_m pixels by block_n output channels. 128 x 128 takes some 220 registers, 64 x 128 some 130.
 # 8 warps take 128 at 128 x 128 and would hide more, but wait until they are proved right on a GPU.
 CONV_TILES = (
-    LinearTile(128, 128, num_warps=4, num_stages=3),
-    LinearTile(64, 128, num_warps=4, num_stages=3),
-    LinearTile(128, 64, num_warps=4, num_stages=3),
-    LinearTile(64, 64, num_warps=4, num_stages=4),
-    LinearTile(64, 32, num_warps=4, num_stages=4),
-    LinearTile(64, 16, num_warps=4, num_stages=4),
+    Tile(128, 128, num_warps=4, num_stages=3),
+    Tile(64, 128, num_warps=4, num_stages=3),
+    Tile(128, 64, num_warps=4, num_stages=3),
+    Tile(64, 64, num_warps=4, num_stages=4),
+    Tile(64, 32, num_warps=4, num_stages=4),
+    Tile(64, 16, num_warps=4, num_stages=4),
 )
 MEMORY_BOUND_STEPS = 4  # a 1x1 convolution of 256 inputs: its tile takes longer to load and store than to multiply
 
 
 def conv_tile(
     gpu: Gpu, *, num_pixels: int, num_blocks: int, rows: int, num_steps: int, step: int, itemsize: int
-) -> LinearTile:
+) -> Tile:
     """The largest tile that fits and keeps three quarters of the GPU busy, else the smallest.
 
     Short sums take at most 64 x 128: several programs of a multiprocessor then load while others store.

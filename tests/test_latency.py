@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 from onnx import TensorProto, helper
+from rich.console import Console
 
 from sparsekit import latency, latency_worker
 from sparsekit.errors import MeasurementError, UsageError

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekit.kernels.configs import LinearTile, conv_tile, gpu_at
+from sparsekit.kernels.configs import Tile, conv_tile, gpu_at
 from sparsekit.kernels.dispatch import interpreted
 from sparsekit.kernels.group_conv2d import Window, group_cols
 from sparsekit.kernels.triton.activation import activated
@@ -35,7 +35,7 @@ def launch(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_groups: Tensor | None = None,
-    tile: LinearTile | None = None,
+    tile: Tile | None = None,
 ) -> None:
     """Write act(conv(x) * scale + bias + residual) to `out`, channels_last.
 

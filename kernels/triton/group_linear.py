@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekit.errors import KernelError
-from sparsekit.kernels.configs import LinearTile, gpu_at, linear_tile
+from sparsekit.kernels.configs import Tile, gpu_at, linear_tile
 from sparsekit.kernels.dispatch import interpreted
 from sparsekit.kernels.triton.activation import activated
 
@@ -122,7 +122,7 @@ def launch(
     *,
     act: str,
     cols: int,
-    tile: LinearTile | None = None,
+    tile: Tile | None = None,
 ) -> None:
     """Write `group_linear` to y; all tensors are contiguous, and M > 0. `tile` overrules the table.
 

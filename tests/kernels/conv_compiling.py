@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sparsekit.kernels.configs import Gpu, LinearTile, conv_tile
+from sparsekit.kernels.configs import Gpu, Tile, conv_tile
 from sparsekit.kernels.triton.group_conv2d import group_conv2d_kernel
 from tests.kernels.compiling import SHARED_LIMIT, Compiled, compiled
 
@@ -38,7 +38,7 @@ class Layer:
     dtype: str = "bf16"
     subset: bool = False
 
-    def tile(self, arch: str) -> LinearTile:
+    def tile(self, arch: str) -> Tile:
         """For a GPU of 132 multiprocessors."""
         return conv_tile(
             Gpu(arch, 132), num_pixels=self.num_pixels, num_blocks=self.num_blocks, rows=self.rows,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsekit.kernels.configs import CONV_TILES, LinearTile, conv_tile, gpu_at, max_stages
+from sparsekit.kernels.configs import CONV_TILES, Tile, conv_tile, gpu_at, max_stages
 from sparsekit.kernels.group_conv2d import group_conv2d
 from sparsekit.kernels.group_conv_transpose2d import group_conv_transpose2d, pack_phases
 from tests.kernels.convs import CONVS, Conv, exact, masked_weight, random_images, rounded
@@ -25,7 +25,7 @@ def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # type: ignore[attr-defined]
 
 
-def compare(conv: Conv, dtype: torch.dtype, tolerance: float, tile: LinearTile | None = None) -> None:
+def compare(conv: Conv, dtype: torch.dtype, tolerance: float, tile: Tile | None = None) -> None:
     weight, packed = masked_weight(conv)
     packed, weight = rounded(packed, weight, dtype)
     x = random_images(conv.images, conv.channels, conv.height, conv.width).to(dtype)
@@ -64,9 +64,7 @@ def test_it_is_the_masked_convolution_in_tf32(conv: Conv) -> None:
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("num_warps", [4, 8])
 @pytest.mark.parametrize("tile", CONV_TILES, ids=lambda tile: f"{tile.block_m}x{tile.block_n}")
-def test_every_tile_with_more_warps_and_stages(
-    tile: LinearTile, num_warps: int, num_stages: int, dtype: torch.dtype
-) -> None:
+def test_every_tile_with_more_warps_and_stages(tile: Tile, num_warps: int, num_stages: int, dtype: torch.dtype) -> None:
     stage_bytes = (tile.block_m + tile.block_n) * WIDE.step * 2
     if num_stages > max_stages(gpu_at(torch.device("cuda", 0)).arch, stage_bytes):
         pytest.skip("does not fit the shared memory")

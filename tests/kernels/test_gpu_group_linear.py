@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.configs import LINEAR_TILES, LinearTile
+from sparsekit.kernels.configs import LINEAR_TILES, Tile
 from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.formats import GroupSparse, pack
 from sparsekit.kernels.group_linear import group_linear
@@ -71,7 +71,7 @@ def test_any_activation_and_density(act: str, density: float) -> None:
 @pytest.mark.parametrize("tile", LINEAR_TILES, ids=str)
 @pytest.mark.parametrize("num_warps", [4, 8])
 @pytest.mark.parametrize("num_stages", [2, 4])
-def test_every_tile_with_other_warps_and_stages(tile: LinearTile, num_warps: int, num_stages: int) -> None:
+def test_every_tile_with_other_warps_and_stages(tile: Tile, num_warps: int, num_stages: int) -> None:
     from sparsekit.kernels.triton.group_linear import launch
 
     x, packed, bias, residual = case = draw((300, 640, 1024), torch.bfloat16)

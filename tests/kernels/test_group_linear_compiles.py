@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from sparsekit.kernels.configs import LINEAR_TILES, Gpu, LinearTile, linear_tile
+from sparsekit.kernels.configs import LINEAR_TILES, Gpu, Tile, linear_tile
 from sparsekit.kernels.triton.group_linear import group_linear_kernel
 from tests.kernels.compiling import SHARED_LIMIT, Compiled, compiled
 
@@ -12,7 +12,7 @@ H100, STEP = Gpu("sm_90", 132), 64
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
-def built(tile: LinearTile, arch: str, dtype: str = "fp16", *, rows: int = 128, cols: int = 16) -> Compiled:
+def built(tile: Tile, arch: str, dtype: str = "fp16", *, rows: int = 128, cols: int = 16) -> Compiled:
     """With all that can be fused; an odd number of outputs, the worst case, so that stores are not aligned."""
     pointers = dict.fromkeys(("y", "x", "values", "bias", "residual"), f"*{dtype}")
     indices, sizes = dict.fromkeys(("gidx", "ptr", "order"), "*i32"), ("num_samples", "num_out", "x_groups")
@@ -29,7 +29,7 @@ def built(tile: LinearTile, arch: str, dtype: str = "fp16", *, rows: int = 128, 
     )
 
 
-def chosen(arch: str, num_samples: int, dtype: str = "fp16") -> LinearTile:
+def chosen(arch: str, num_samples: int, dtype: str = "fp16") -> Tile:
     """The table's tile for a weight of 4096 x 4096 and a GPU as wide as an H100."""
     sizes = {"num_samples": num_samples, "num_out": 4096, "rows": 128, "step": STEP}
     return linear_tile(Gpu(arch, H100.num_processors), **sizes, itemsize=BYTES[dtype])
@@ -51,7 +51,7 @@ def test_the_tile_of_every_gpu_fits_it(arch: str, num_samples: int) -> None:
 
 
 @pytest.mark.parametrize("tile", LINEAR_TILES, ids=str)
-def test_an_h100_runs_every_tile_with_all_its_stages_in_flight(tile: LinearTile) -> None:
+def test_an_h100_runs_every_tile_with_all_its_stages_in_flight(tile: Tile) -> None:
     kernel = built(tile, "sm_90")
     assert_fits(kernel, "sm_90")
     assert set(kernel.copies) == {16}

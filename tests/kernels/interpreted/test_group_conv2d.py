@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekit.kernels.configs import LinearTile
+from sparsekit.kernels.configs import Tile
 from sparsekit.kernels.group_conv2d import group_conv2d, pack_conv2d
 from sparsekit.kernels.triton.group_conv2d import launch
 from tests.kernels.convs import CONVS, Conv, exact, masked_weight, random_images, rounded
@@ -26,7 +26,7 @@ def test_it_is_the_masked_convolution_and_touches_nothing_outside_its_tensors(co
     inputs = (x, packed.values, packed.gidx, packed.ptr, packed.order)
     launch(
         out, *(fenced(tensor)[0] for tensor in inputs), bias=fenced(bias)[0], residual=fenced(residual)[0],
-        window=conv.window, act=conv.act, tile=LinearTile(32, 16, num_warps=4, num_stages=3),
+        window=conv.window, act=conv.act, tile=Tile(32, 16, num_warps=4, num_stages=3),
     )  # fmt: skip
     assert is_intact(around)
     torch.testing.assert_close(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.configs import LINEAR_TILES, LinearTile
+from sparsekit.kernels.configs import LINEAR_TILES, Tile
 from sparsekit.kernels.conv2d_act import ACTIVATIONS
 from sparsekit.kernels.formats import GroupSparse, pack
 from sparsekit.kernels.group_linear import group_linear
@@ -81,7 +81,7 @@ def test_bias_residual_and_activation_are_fused_in_that_order(act: str, has_bias
 
 @pytest.mark.parametrize("tile", LINEAR_TILES, ids=str)
 @pytest.mark.parametrize("cols", [8, 64])
-def test_every_tile_of_the_table_stays_inside_its_tensors(tile: LinearTile, cols: int) -> None:
+def test_every_tile_of_the_table_stays_inside_its_tensors(tile: Tile, cols: int) -> None:
     shape = (tile.block_m + 3, tile.block_n + 70, 320)
     rows = max(tile.block_n, 64)
     x, packed, bias, residual = draw(2, shape, rows=rows, cols=cols, step=64, density=0.4, dtype=torch.float32)

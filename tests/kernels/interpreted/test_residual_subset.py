@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekit.kernels.configs import LinearTile
+from sparsekit.kernels.configs import Tile
 from sparsekit.kernels.residual_subset import pack_subset, residual_subset_conv2d_
 from sparsekit.kernels.triton.group_conv2d import launch
 from tests.kernels.convs import Conv, exact, random_images, rounded
@@ -41,7 +41,7 @@ def test_it_updates_its_channels_and_no_others(
     launch(
         stream, *(fenced(tensor)[0] for tensor in inputs), scale=fenced(scale)[0], bias=fenced(bias)[0],
         residual=stream, out_groups=fenced(torch.tensor(out_groups, dtype=torch.int32))[0],
-        window=conv.window, act=conv.act, tile=LinearTile(32, 16, num_warps=4, num_stages=3),
+        window=conv.window, act=conv.act, tile=Tile(32, 16, num_warps=4, num_stages=3),
     )  # fmt: skip
     assert is_intact(around)
     others = [channel for channel in range(before.shape[1]) if channel not in written]
