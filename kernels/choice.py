@@ -16,9 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparsekit.kernels.cusparselt_linear import takes
 from sparsekit.kernels.formats import blocks
 from sparsekit.kernels.modules import (
     Conv2dAct,
+    CusparseltLinear,
     LinearAct,
     NM24Linear,
     ResidualSubset,
@@ -59,6 +61,7 @@ GPUS = {
 EFFICIENCY = {(128, 128): 0.70, (128, 64): 0.67, (128, 16): 0.65, (64, 64): 0.48, (32, 32): 0.30, (16, 16): 0.18}
 _WINDOW_EFFICIENCY = 0.85  # of convolutions, whose inputs are gathered pixel by pixel
 _FEW_SAMPLES = 32  # so many that reading the weight takes longer than multiplying with it
+_TWO_TO_FOUR = 1.6  # what sparse tensor cores reach of twice the dense speed
 _WORTH_IT = 1.05  # a kernel that is no faster than this is not worth being another one
 
 
@@ -215,9 +218,14 @@ def _candidates(
             expected = work.seconds(gpu) / less.seconds(gpu, density=kept, efficiency=EFFICIENCY[128, 64])
             found.append(_Candidate("residual subset", kept, expected, partial(ResidualSubset, layer)))
     samples = output.numel() // output.shape[-1]
-    if isinstance(layer, LinearAct) and len(inputs) == 1 and samples <= _FEW_SAMPLES and _is_nm24(layer.weight):
+    if isinstance(layer, LinearAct) and len(inputs) == 1 and _is_nm24(layer.weight):
         less = replace(work, weight_bytes=work.weight_bytes * 9 // 16)
-        found.append(_Candidate("2:4", 0.5, work.seconds(gpu) / less.seconds(gpu), partial(NM24Linear, layer)))
+        if samples <= _FEW_SAMPLES:
+            expected = work.seconds(gpu) / less.seconds(gpu)
+            found.append(_Candidate("2:4", 0.5, expected, partial(NM24Linear, layer)))
+        elif takes(layer.weight):
+            expected = work.seconds(gpu) / less.seconds(gpu, efficiency=_TWO_TO_FOUR)
+            found.append(_Candidate("2:4 cuSPARSELt", 0.5, expected, partial(CusparseltLinear, layer)))
     nonzero_NK = layer.weight.movedim(1, -1).flatten(1) != 0
     taps = nonzero_NK.shape[1] // layer.weight.shape[1]
     for rows, cols in EFFICIENCY:

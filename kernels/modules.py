@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from sparsekit.kernels.conv2d_act import ACTIVATIONS, conv2d_act
+from sparsekit.kernels.cusparselt_linear import compress, cusparselt_linear
 from sparsekit.kernels.formats import NM24, GroupSparse, pack
 from sparsekit.kernels.group_conv2d import group_conv2d, pack_conv2d
 from sparsekit.kernels.group_linear import group_linear
@@ -152,6 +153,26 @@ class NM24Linear(nn.Module):
     def densify(self) -> LinearAct:
         """The same of torch's own ops, with its zeros."""
         return LinearAct(self.packed.to_dense(), self.bias, act=self.act)
+
+
+class CusparseltLinear(nn.Module):
+    """A `LinearAct` of whose weight at most 2 of every 4 consecutive inputs are not zero, for many samples.
+
+    Made on the GPU that it runs on: what cuSPARSELt multiplies with is not part of the state.
+    """
+
+    def __init__(self, dense: LinearAct) -> None:
+        super().__init__()
+        self.weight, self.bias, self.act = nn.Buffer(dense.weight), nn.Buffer(dense.bias), dense.act
+        self.compressed = nn.Buffer(compress(dense.weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K]."""
+        return cusparselt_linear(x, self.weight, self.compressed, self.bias, act=self.act)
+
+    def densify(self) -> LinearAct:
+        """The same of torch's own ops; the weight is shared."""
+        return LinearAct(self.weight, self.bias, act=self.act)
 
 
 class SparseConv2d(_Packed):

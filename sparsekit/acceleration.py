@@ -17,7 +17,17 @@ from torch.utils._pytree import tree_leaves
 from sparsekit.errors import UsageError, nearest
 from sparsekit.fusion import fused
 from sparsekit.kernels.choice import choose, gpu_of
-from sparsekit.kernels.modules import Conv2dAct, LinearAct, NM24Linear, ResidualSubset, SparseConv2d, SparseLinear
+from sparsekit.kernels.modules import (
+    Conv2dAct,
+    CusparseltLinear,
+    LinearAct,
+    NM24Linear,
+    ResidualSubset,
+    SparseConv2d,
+    SparseLinear,
+)
+
+_MADE = Conv2dAct | CusparseltLinear | NM24Linear | ResidualSubset | SparseConv2d | SparseLinear
 
 Backend = Literal["auto", "dense", "sparse"]
 
@@ -96,7 +106,7 @@ def densify(network: GraphModule) -> GraphModule:
     """The same network of torch's own ops alone, for exporters that know no others; dense weights are shared."""
     dense = GraphModule(network, network.graph)
     for name, module in list(dense.named_modules()):
-        if isinstance(module, Conv2dAct | SparseConv2d | SparseLinear | NM24Linear | ResidualSubset):
+        if isinstance(module, _MADE):
             dense.set_submodule(name, module.densify())
     return dense
 
