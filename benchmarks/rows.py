@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,22 +18,30 @@ from sparsekit.environment import Environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def append(name: str, values: Mapping[str, Any]) -> None:
-    """Add a row to `results/<name>.jsonl` and print it."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+def append(name: str, values: Mapping[str, Any], *, folder: Path = RESULTS) -> None:
+    """Add a row to `<name>.jsonl` in a folder and print it.
+
+    Where there is no git, the environment variable SPARSEKIT_COMMIT may say which commit was measured.
+    """
     row = {
         "benchmark": name,
         **values,
         "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit or None,
+        "commit": os.environ.get("SPARSEKIT_COMMIT") or _described() or None,
         "environment": dataclasses.asdict(Environment.collect()),
     }
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
     print(json.dumps(values, indent=1))
+
+
+def _described() -> str:
+    """The commit of this checkout; empty where git is not installed or this is no checkout."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def compress(*flags: str) -> dict[str, Any]:

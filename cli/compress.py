@@ -35,6 +35,23 @@ def _seconds(_: click.Context, parameter: click.Parameter, text: str | None) -> 
         raise UsageError(f"{parameter.opts[0]} {text!r}: expected a time like 60s or 5m") from None
 
 
+def _without_pattern(*, pattern: str | None, density: float | None, **flags: Any) -> dict[str, Any]:
+    """`--pattern` and `--density` in terms of a method, its option and a budget."""
+    if pattern is None:
+        if density is not None:
+            raise UsageError("--density: needs --pattern, like block:128x16")
+        return flags
+    for name, other in (("method", "--method"), ("budget", "--budget")):
+        if flags[name] is not None:
+            raise UsageError(f"--pattern and {other} {flags[name]}: choose one")
+    density = 0.5 if density is None else density
+    if pattern == "residual:16":
+        options = {**flags["options"], "density": density}
+        return flags | {"method": "residual_subset", "options": options, "budget": "nonzero<=1x"}
+    options = {**flags["options"], "pattern": pattern}
+    return flags | {"method": "magnitude_pattern", "options": options, "budget": f"nonzero<={density:g}x"}
+
+
 @click.command()
 @click.option("--model", help="A built-in name, torchvision:NAME, timm:NAME or FILE.py:FACTORY.")
 @click.option("--weights", help="Trained weights: safetensors or a torch state dict. Without: train first.")
@@ -50,6 +67,12 @@ def _seconds(_: click.Context, parameter: click.Parameter, text: str | None) -> 
 @click.option("--method", help=f"One of {', '.join(PRUNERS)}.")
 @click.option("-o", "--option", "options", multiple=True, callback=name_values, help="Method option, NAME=VALUE.")
 @click.option("--budget", help="Like 'latency<=4ms', 'latency<=0.5x and accuracy>=-1%', 'macs<=0.5x'.")
+@click.option(
+    "--pattern", help="Zeros that a GPU can skip, in place of fewer channels: block:128x16, 2:4, residual:16."
+)
+@click.option(
+    "--density", type=float, help="Share that it leaves of the weights, or of the stream; a half unless given."
+)
 @click.option("--round-to", type=int, help="Widths are multiples of this; 16 suits ONNX Runtime on AVX-512.")
 @click.option("--renormalise/--no-renormalise", default=None, help="Also prune channels that LayerNorm runs over.")
 @click.option("--recover", help="Repair without labels: none, bn, lsq or distill, each with those before it.")
@@ -100,6 +123,7 @@ def compress(
     recipe = Recipe.from_toml(recipe_path) if recipe_path else Recipe()
     if no_data and flags["data"]:
         raise UsageError(f"--no-data and --data {flags['data']}: choose one")
+    flags = _without_pattern(**flags)
     given = {name: value for name, value in flags.items() if value is not None}
     if flags["method"] in (None, recipe.method):  # another method has other options
         given["options"] = {**recipe.options, **flags["options"]}

@@ -1,5 +1,6 @@
 """A trained PyTorch network and a budget in; a physically smaller, verified, measured network out."""
 
+from sparsekit.acceleration import accelerate
 from sparsekit.artifact import Artifact, load
 from sparsekit.budget import Budget
 from sparsekit.compaction import certify, compact
@@ -27,6 +28,7 @@ __all__ = [
     "Recipe",
     "SparsekitError",
     "Task",
+    "accelerate",
     "certify",
     "compact",
     "compress",

@@ -6,6 +6,7 @@ SparsekitError            exit 1   base of all; the message is one line that nam
 |  `- DataError           exit 2   missing or damaged data, weights, recipe, checkpoint
 |- TraceError             exit 1   the model could not be recorded
 |- PlanError              exit 1   a plan that does not fit the model it is applied to
+|- KernelError            exit 1   a tensor that a sparse layer cannot hold or take
 |- QualityError           exit 3   a gate that the user set was missed
 |- ExportError            exit 4   the ONNX file is wrong, or not equal to the network
 `- MeasurementError       exit 5   a runtime is missing, or the machine too busy to measure
@@ -38,6 +39,10 @@ class TraceError(SparsekitError):
 
 class PlanError(SparsekitError, ValueError):
     """A plan does not fit the model it is applied to."""
+
+
+class KernelError(SparsekitError, ValueError):
+    """Weights whose zeros do not have the pattern that was asked for, or a tensor that a kernel cannot take."""
 
 
 class QualityError(SparsekitError):

@@ -19,8 +19,10 @@ import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from sparsekit.acceleration import densify
 from sparsekit.errors import ExportError
 
 # A protobuf message holds 2 GiB, 16 MiB of it left for the graph; weights in a side file get lost.
@@ -77,7 +79,8 @@ def export_onnx(
     path = Path(path)
     if not path.parent.is_dir():
         raise ExportError(f"{path}: the folder {path.parent} does not exist")
-    network, inputs = _on_cpu(model, example_inputs)
+    # No runtime has sparse kernels: what `accelerate` made is written with its zeros.
+    network, inputs = _on_cpu(densify(model) if isinstance(model, GraphModule) else model, example_inputs)
     num_bytes = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     if num_bytes > MAX_WEIGHT_BYTES:
         raise ExportError(f"{path}: {num_bytes / 1e9:.1f} GB of weights, one ONNX file holds at most 2 GB")

@@ -141,6 +141,9 @@ def assert_one_line(result: Result, *words: str) -> None:
         (["--label-smoothing", "1"], ["label_smoothing must be in [0, 1), got 1.0"]),
         (["--lr", "nan"], ["lr must be in [0, inf), got nan"]),
         (["--no-data"], ["--no-data", "choose one"]),
+        (["--pattern", "2:4", "--method", "gmp"], ["--pattern", "--method gmp", "choose one"]),
+        (["--pattern", "2:4", "--budget", "macs<=0.5x"], ["--pattern", "--budget macs<=0.5x", "choose one"]),
+        (["--density", "0.5"], ["--density", "--pattern", "block:128x16"]),
         (["--recipe", "none.toml"], ["recipe none.toml", "No such file"]),
         (["--overwrite", "--resume"], ["overwrite and resume", "choose one"]),
         (["--out", "."], [".: holds the current folder"]),
@@ -310,8 +313,9 @@ def test_every_recipe_key_is_a_flag_and_every_flag_a_key() -> None:
     flags = {parameter.name for parameter in commands.commands["compress"].params}
     keys = {field.name for field in dataclasses.fields(Recipe)}
     about_the_run = {"recipe_path", "folder", "overwrite", "resume", "as_json", "no_data"}
-    assert flags - about_the_run == keys
-    assert about_the_run <= flags
+    in_other_words = {"pattern", "density"}  # a method, its option and a budget
+    assert flags - about_the_run - in_other_words == keys
+    assert about_the_run | in_other_words <= flags
 
 
 def test_flags_win_over_the_recipe_and_options_add_up(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
+from rich.console import Console
 
 from sparsekit import latency, latency_worker
 from sparsekit.errors import MeasurementError, UsageError
@@ -417,7 +418,7 @@ def run_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *flags: str, resu
         return result
 
     monkeypatch.setattr(bench, "measure_latency", measure)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(bench, "out", Console(markup=False, highlight=False, width=100))
     ran = CliRunner().invoke(bench.bench, [str(file), *flags])
     return SimpleNamespace(asked=asked, code=ran.exit_code, out=ran.stdout, err=ran.stderr)
 

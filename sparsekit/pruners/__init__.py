@@ -15,10 +15,12 @@ from sparsekit.pruners.group_norm import GroupNorm
 from sparsekit.pruners.hard_concrete import HardConcrete
 from sparsekit.pruners.hrank import HRank
 from sparsekit.pruners.magnitude import Magnitude
+from sparsekit.pruners.magnitude_pattern import MagnitudePattern
 from sparsekit.pruners.magnitude_unstructured import MagnitudeUnstructured
 from sparsekit.pruners.network_slimming import NetworkSlimming
 from sparsekit.pruners.neuron_merging import NeuronMerging
 from sparsekit.pruners.random import Random
+from sparsekit.pruners.residual_subset import ResidualSubset
 from sparsekit.pruners.soft_filter import SoftFilter
 from sparsekit.pruners.taylor import Taylor
 from sparsekit.pruners.transport import Transport
@@ -43,8 +45,12 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "neuron_merging": NeuronMerging,
     "gmp": GMP,
     "magnitude_unstructured": MagnitudeUnstructured,
+    "magnitude_pattern": MagnitudePattern,
+    "residual_subset": ResidualSubset,
     "transport_unstructured": TransportUnstructured,
 }
 
-# Methods that zero single weights: their budget is `nonzero`.
-UNSTRUCTURED = frozenset({"gmp", "magnitude_unstructured", "transport_unstructured"})
+# Methods that zero weights, not channels: their budget is `nonzero`.
+UNSTRUCTURED = frozenset(
+    {"gmp", "magnitude_unstructured", "magnitude_pattern", "residual_subset", "transport_unstructured"}
+)

@@ -1,0 +1,1 @@
+"""Tests of sparsekit.kernels; those in `interpreted` run in a process of their own."""
