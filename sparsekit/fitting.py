@@ -34,8 +34,9 @@ from sparsekit.width_tables import measure_tables
 
 # Images whose gradients say how important channels are; each is a forward and a backward pass of its own.
 NUM_IMAGES = 64
-# The smallest difference between two candidates that is worth telling from none.
-RESOLVE = 0.02
+# The smallest effect to tell from none, and how many launches and seconds that may take: of a file that shall lie
+# within a budget's band, and of others.
+_FINE, _COARSE = (0.02, 40, 120.0), (0.05, 10, 60.0)
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,16 @@ class Bench:
             file = self.finish(file)
         return Exported(file, self.target.prepare(network, inputs, file.path, self.folder))
 
-    def compare(self, paths: Sequence[Path], stage: str, *, resolve: float = 0.05) -> LatencyComparison:
+    def compare(self, paths: Sequence[Path], stage: str, *, finely: bool = False) -> LatencyComparison:
         """Time files against the first."""
+        resolve, max_launches, max_seconds = _FINE if finely else _COARSE
         return measure_latency(
             paths,
             target=self.target,
             threads=self.threads,
             resolve=resolve,
+            max_launches=max_launches,
+            max_seconds=max_seconds,
             progress=lambda done, total: self.progress(stage, done, total, {}),
         )
 
@@ -246,7 +250,7 @@ class _TryOut:
         shares = {Metric.SIZE_BYTES: files.onnx.size_bytes / self._dense.onnx.size_bytes}
         if not self._timed:
             return Measured(shares)
-        ratio = self._bench.compare([self._dense.timed, files.timed], stage, resolve=RESOLVE).ratios[0]
+        ratio = self._bench.compare([self._dense.timed, files.timed], stage, finely=True).ratios[0]
         return Measured(shares | {Metric.LATENCY_MS: ratio.value}, (ratio.low, ratio.high))
 
     def dense_ms(self) -> float:
