@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.data import image_task
 from sparsekit.images import load_images
-from sparsekit.latency import measure_latency
+from sparsekit.latency import LatencyComparison, measure_latency
 from sparsekit.task import Task
 
 FILE = Path(__file__)
 
-# What is timed here does not matter, only that it is.
-quick_latency = partial(measure_latency, min_launches=2, max_launches=2, max_seconds=1.0)
+
+def quick_latency(
+    paths: Sequence[Path | str], *, max_launches: int = 0, max_seconds: float = 0, **options: Any
+) -> LatencyComparison:
+    """`measure_latency` in a blink: what is timed here does not matter, only that it is."""
+    return measure_latency(paths, min_launches=2, max_launches=2, max_seconds=1.0, **options)
 
 
 class Net(nn.Module):
