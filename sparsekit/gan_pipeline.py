@@ -11,12 +11,14 @@ from pathlib import Path
 
 from PIL.Image import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sparsekit.artifact import write_whole
 from sparsekit.environment import Environment
 from sparsekit.errors import DataError, UsageError
 from sparsekit.gan.grids import data_uri, grid, side_by_side
 from sparsekit.gan.recipe import GanRecipe
+from sparsekit.gan.sampling import strips
 from sparsekit.gan.training import samples
 from sparsekit.gan_report import Comparison, GanReport
 from sparsekit.gan_stages import Finished, GanStages
@@ -28,6 +30,7 @@ from sparsekit.task import Progress
 from sparsekit.unfinished import check_same, unfinished, work_folder
 
 _COLUMNS = 8  # of pictures
+_NUM_STRIPS = 4  # each from one noise to another
 
 
 def compress_gan(
@@ -97,7 +100,7 @@ def _report(stages: GanStages, finished: Finished, recipe_hash: str) -> GanRepor
         recipe_hash=recipe_hash,
         metrics=stages.metrics,
         history=stages.history,
-        pictures=(Comparison("From the same noise", *map(data_uri, _pictures(stages, finished))),),
+        pictures=tuple(_comparisons(stages, finished)),
         latency=timed.to_json() | {"ratio": asdict(timed.ratios[0])},
         target=target_facts(timed),
         certificate=replace(finished.networks.certificate, onnx_max_relative_error=error).to_json(),
@@ -106,9 +109,24 @@ def _report(stages: GanStages, finished: Finished, recipe_hash: str) -> GanRepor
     )
 
 
-def _pictures(stages: GanStages, finished: Finished) -> tuple[Image, Image]:
-    """What both generators make of the same noise."""
-    dense, small = (samples(network, stages.shown) for network in (finished.networks.dense, finished.networks.small))
+def _comparisons(stages: GanStages, finished: Finished) -> Iterator[Comparison]:
+    """Of the same inputs and, where those are noise, of what lies between some of them."""
+    given, *labels = stages.shown
+    dense, small = map(data_uri, _pictures(finished, stages.shown))
+    if given.dim() == 4:
+        yield Comparison("From the same images", dense, small, inputs=data_uri(grid(given, _COLUMNS)))
+        return
+    yield Comparison("From the same noise", dense, small)
+    between = (
+        strips(given[: 2 * _NUM_STRIPS], _COLUMNS),
+        *(row[:_NUM_STRIPS].repeat_interleave(_COLUMNS) for row in labels),
+    )
+    yield Comparison("From one noise to another", *map(data_uri, _pictures(finished, between)))
+
+
+def _pictures(finished: Finished, inputs: tuple[Tensor, ...]) -> tuple[Image, Image]:
+    """What both generators make of them, the dense one first."""
+    dense, small = (samples(network, inputs) for network in (finished.networks.dense, finished.networks.small))
     return grid(dense, _COLUMNS), grid(small, _COLUMNS)
 
 
@@ -129,7 +147,7 @@ def _write(stages: GanStages, finished: Finished, report: GanReport, folder: Pat
     save_file(state, folder / "weights.safetensors")
     for exported in finished.files:
         shutil.copyfile(exported.onnx.path, folder / exported.onnx.path.name)
-    side_by_side(_pictures(stages, finished)).save(folder / "side_by_side.png")
+    side_by_side(_pictures(finished, stages.shown)).save(folder / "side_by_side.png")
     if (stages.folder / "samples").exists():
         shutil.copytree(stages.folder / "samples", folder / "samples")
     document = json.dumps(report.to_json(), indent=1, allow_nan=False)

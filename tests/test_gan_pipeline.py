@@ -116,6 +116,8 @@ def test_the_small_generator_meets_the_budget_and_is_in_all_its_files(finished: 
     assert num_macs(trace(small, z)) == report.compact.num_macs
     assert report.latency is not None
     assert report.certificate["holds"]
+    assert [picture.title for picture in report.pictures] == ["From the same noise", "From one noise to another"]
+    assert not any(picture.inputs for picture in report.pictures)
 
 
 def test_the_same_recipe_gives_the_same_weights(finished: tuple[Path, GanReport], tmp_path: Path) -> None:
@@ -205,7 +207,8 @@ def test_given_weights_are_compressed_without_training(tmp_path: Path) -> None:
 
 
 def test_labels_are_an_input_of_the_file(tmp_path: Path) -> None:
-    compress_gan(replace(FAST, model="acgan"), tmp_path / "out")
+    report = compress_gan(replace(FAST, model="acgan"), tmp_path / "out")
+    assert len(report.pictures) == 2
     file = OnnxNetwork(tmp_path / "out" / "generator.onnx")
     assert [wanted.name for wanted in file.inputs] == ["z", "labels"]
 
@@ -247,6 +250,7 @@ def test_one_way_of_a_cycle_is_compressed(tmp_path: Path, monkeypatch: pytest.Mo
     report = compress_gan(recipe, tmp_path / "out")
     assert report.compact.num_macs <= 0.5 * report.dense.num_macs
     assert "cycle_loss" in report.history["retrain"][0]
+    assert [caption for picture in report.pictures for caption, _ in picture.panels] == ["given", "dense", "compact"]
     assert [wanted.name for wanted in OnnxNetwork(tmp_path / "out" / "generator.onnx").inputs] == ["x"]
     with pytest.raises(UsageError, match=r"domains \[0, 7\]: .* has images of 2 classes, from 0"):
         compress_gan(replace(recipe, domains=(0, 7)), tmp_path / "other")
