@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sparsekit.cli.console import json_option, print_json
 from sparsekit.comparison import comparison_html, contests
 from sparsekit.errors import UsageError
+from sparsekit.gan_report import KIND, GanReport
+from sparsekit.measured import read_document
 from sparsekit.report import Report
 
 
@@ -19,8 +23,8 @@ from sparsekit.report import Report
 def report(folders: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Rebuild report.html of finished runs from their report.json; compare two or more.
 
-    The comparison has accuracy, MACs and latency of all of them in a chart, with a link to each run's page. With
-    --json the reports are printed instead, by folder, and nothing is written.
+    The comparison has accuracy, MACs and latency of all of them in a chart, with a link to each run's page; generators
+    are not in it. With --json the reports are printed instead, by folder, and nothing is written.
 
     \b
     sparsekit report out
@@ -29,17 +33,22 @@ def report(folders: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """
     page = out or Path("pareto.html")
     runs = [folder for folder in dict.fromkeys(folders) if folder != page]  # which `runs/*` may have caught
-    if out and (as_json or len(runs) < 2):
-        raise UsageError(f"--out {out}: compares runs; give two or more folders, and not --json")
-    reports = {folder: Report.read(folder / "report.json") for folder in runs}
+    reports = {folder: read_document(folder / "report.json", _parsed) for folder in runs}
+    compared = {folder: found for folder, found in reports.items() if isinstance(found, Report)}
+    if out and (as_json or len(compared) < 2):
+        raise UsageError(f"--out {out}: compares runs of sparsekit compress; give two or more, and not --json")
     if as_json:
         print_json({str(folder): found.to_json() for folder, found in reports.items()})
         return
     for folder, found in reports.items():
         (folder / "report.html").write_text(found.html(), encoding="utf-8")
         click.echo(f"{folder}/report.html   {found.headline}")
-    if len(reports) > 1:
-        compared = contests(reports)
-        page.write_text(comparison_html(compared, page), encoding="utf-8")
-        best = ", ".join(str(run.folder) for contest in compared for run in contest.best)
-        click.echo(f"{page}   {len(reports)} runs, beaten by nothing else: {best or 'none'}")
+    if len(compared) > 1:
+        found_contests = contests(compared)
+        page.write_text(comparison_html(found_contests, page), encoding="utf-8")
+        best = ", ".join(str(run.folder) for contest in found_contests for run in contest.best)
+        click.echo(f"{page}   {len(compared)} runs, beaten by nothing else: {best or 'none'}")
+
+
+def _parsed(document: Mapping[str, Any]) -> Report | GanReport:
+    return GanReport.from_json(document) if document.get("kind") == KIND else Report.from_json(document)

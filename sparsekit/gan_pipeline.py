@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsekit.artifact import write_whole
 from sparsekit.environment import Environment
-from sparsekit.errors import DataError, UsageError
+from sparsekit.errors import UsageError
 from sparsekit.gan.grids import data_uri, grid, side_by_side
 from sparsekit.gan.recipe import GanRecipe
 from sparsekit.gan.sampling import strips
@@ -23,6 +23,7 @@ from sparsekit.gan.training import samples
 from sparsekit.gan_report import Comparison, GanReport
 from sparsekit.gan_stages import Finished, GanStages
 from sparsekit.graph import trace
+from sparsekit.measured import read_document
 from sparsekit.plan import PruningPlan
 from sparsekit.program import Program
 from sparsekit.reporting import measurement, target_facts
@@ -67,7 +68,9 @@ def compress_gan(
     if continues:
         check_same(recipe, work_dir, hash_file.read_text(encoding="utf-8") == recipe_hash, weights=weights)
     elif resume and out.exists():
-        report = _read_report(out)
+        if not (out / "report.json").exists():
+            raise UsageError(f"{out}: exists and holds no report; choose another folder, or --overwrite")
+        report = read_document(out / "report.json", GanReport.from_json)
         check_same(recipe, out, report.recipe_hash == recipe_hash, weights=weights)
         return report
     stages = GanStages(recipe, work_dir, progress or (lambda *_: None))
@@ -154,13 +157,3 @@ def _write(stages: GanStages, finished: Finished, report: GanReport, folder: Pat
     (folder / "report.json").write_text(document, encoding="utf-8")
     (folder / "report.html").write_text(report.html(), encoding="utf-8")
     (folder / "recipe.toml").write_text(stages.recipe.to_toml(), encoding="utf-8")
-
-
-def _read_report(folder: Path) -> GanReport:
-    path = folder / "report.json"
-    if not path.exists():
-        raise UsageError(f"{folder}: exists and holds no report; choose another folder, or --overwrite")
-    try:
-        return GanReport.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from error

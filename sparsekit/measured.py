@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+
+from sparsekit.errors import DataError
 
 Row = TypeVar("Row")
 
@@ -168,3 +172,21 @@ def row_of(kind: type[Row], document: Mapping[str, Any]) -> Row:
     Width(layer='conv1', dense=16, kept=8, edges=(8, 16))
     """
     return kind(**{key: tuple(item) if isinstance(item, list) else item for key, item in document.items()})
+
+
+def read_document(path: Path, parse: Callable[[Mapping[str, Any]], Row]) -> Row:
+    """What `parse` makes of a JSON file that holds an object, and of any other JSON as if it held an empty one.
+
+    Raises:
+        DataError: no such file, no JSON, or what `parse` says of it, after the file's name.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged: {error}") from error
+    try:
+        return parse(document if isinstance(document, dict) else {})
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

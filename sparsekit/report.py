@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from sparsekit.measured import SearchStep as SearchStep
 from sparsekit.measured import StockNetwork as StockNetwork
 from sparsekit.measured import TargetFacts as TargetFacts
 from sparsekit.measured import Width as Width
-from sparsekit.measured import plain, row_of
+from sparsekit.measured import plain, read_document, row_of
 from sparsekit.number_text import interval, percent, si, times
 from sparsekit.page import render, toml
 from sparsekit.pareto import Point, pareto_charts
@@ -209,16 +208,7 @@ class Report:
         Raises:
             DataError: no such file, or not a report.
         """
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise DataError(f"{path}: damaged: {error}") from error
-        try:
-            return cls.from_json(document if isinstance(document, dict) else {})
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+        return read_document(path, cls.from_json)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Report:

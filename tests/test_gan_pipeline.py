@@ -103,6 +103,17 @@ def test_the_folder_holds_what_it_says(finished: tuple[Path, GanReport]) -> None
     assert set(report.history) == {"dense", "prune", "retrain"}
 
 
+def test_its_page_is_made_anew_from_its_numbers(finished: tuple[Path, GanReport], tmp_path: Path) -> None:
+    page = (finished[0] / "report.html").read_bytes()
+    (finished[0] / "report.html").unlink()
+    result = CliRunner().invoke(commands, ["report", str(finished[0])])
+    assert result.exception is None, result.output
+    assert finished[1].headline in result.stdout
+    assert (finished[0] / "report.html").read_bytes() == page
+    compared = CliRunner().invoke(commands, ["report", str(finished[0]), "--out", str(tmp_path / "pareto.html")])
+    assert "compares runs of sparsekit compress; give two or more" in str(compared.exception)
+
+
 def test_the_small_generator_meets_the_budget_and_is_in_all_its_files(finished: tuple[Path, GanReport]) -> None:
     out, report = finished
     assert report.compact.num_macs <= 0.5 * report.dense.num_macs

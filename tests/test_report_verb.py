@@ -141,7 +141,7 @@ def test_the_page_that_compares_goes_where_it_is_told_and_links_from_there(cli: 
 def test_a_page_of_nothing_to_compare_is_refused(cli: Cli, out: Path, arguments: tuple[str, ...]) -> None:
     code, stdout, stderr = cli(*arguments)
     assert (code, stdout) == (2, "")
-    assert stderr == "error: --out p.html: compares runs; give two or more folders, and not --json\n"
+    assert stderr == "error: --out p.html: compares runs of sparsekit compress; give two or more, and not --json\n"
 
 
 def test_one_run_alone_writes_its_own_page_only(cli: Cli, out: Path) -> None:
