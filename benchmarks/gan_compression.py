@@ -90,7 +90,9 @@ def main() -> None:
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         dense = [pool.submit(_dense, base, chosen.work, seed) for seed in chosen.seeds]
         jobs = {
-            (way, seed): pool.submit(_compress, _recipe(trained.result(), way, chosen), chosen.work / _folder(way, seed))
+            (way, seed): pool.submit(
+                _compress, _recipe(trained.result(), way, chosen), chosen.work / _folder(way, seed)
+            )
             for seed, trained in zip(chosen.seeds, dense, strict=True)
             for way in chosen.ways
         }
