@@ -44,7 +44,10 @@ FEATURES = "resnet20"
 SHORT = {"rho": 0.01}
 WAYS: dict[str, dict[str, Any]] = {
     "Algorithm 2": {"method": "channel_pruning", "options": SHORT},
-    "Algorithm 2, least squares from noise": {"method": "channel_pruning", "options": SHORT, "recover": "lsq"},
+    "Algorithm 2 by sixteens, least squares from noise": {
+        **{"method": "channel_pruning", "options": SHORT, "recover": "lsq"},
+        "round_to": 16,  # what ONNX Runtime's convolutions are fast at
+    },
     "Algorithm 2, ticket": {"method": "channel_pruning", "options": SHORT, "retrain": "rewind"},
     "GAN-Slimming": {"method": "gan_slimming"},
     "one-shot magnitude": {"method": "magnitude"},
