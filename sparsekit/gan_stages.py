@@ -115,7 +115,7 @@ class GanStages:
         if self.recipe.recover != "none" and self.recipe.retrain != "rewind":
             with self.timed("recover"):
                 recover_from_noise(
-                    dense,
+                    cut,
                     small,
                     plan,
                     gan.draw,

@@ -205,6 +205,21 @@ def test_retraining_starts_with_the_discriminator_that_was_asked_for(
     assert len(seen) == 1
 
 
+def test_repair_aims_at_the_network_that_was_cut_and_not_at_the_one_before_it_was_slimmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs: list[tuple[nn.Module, nn.Module, PruningPlan]] = []
+    monkeypatch.setattr(
+        "sparsekit.gan_stages.recover_from_noise",
+        lambda wanted, small, plan, *_, **__: pairs.append((wanted, small, plan)),
+    )
+    run = stages(replace(FAST, recover="lsq", retrain="none"), tmp_path)
+    run.compress()
+    wanted, small, plan = pairs[0]
+    cut = sparsekit.compact(wanted, plan, run.example).state_dict()
+    assert all(torch.equal(value, cut[name]) for name, value in small.state_dict().items())
+
+
 def test_given_weights_are_compressed_without_training(tmp_path: Path) -> None:
     generator = stirred(build(FAST, load_data(FAST)).gan.generator)
     save_file(dict(generator.state_dict()), tmp_path / "g.safetensors")
