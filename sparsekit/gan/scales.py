@@ -8,6 +8,7 @@ scale per class, 1 + gain, and a channel counts by the l2 norm of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from sparsekit.plan import COUNT, ChannelGroup, PruningPlan, Slot
 from sparsekit.pruner import channel_norms
 from sparsekit.selection import allocate, keep_top
 from sparsekit.surgery import copied, mask, tensor_of
+
+LEAST = 0.25  # of a group's channels, see `keep_counts`
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,25 @@ def keep_counts(
     """How many channels each group keeps.
 
     Steps of `round_to` channels are added in the order of their largest |gamma|, over all groups of `scales` that the
-    budget names no keep ratio for, as long as one fits; scales of 0 are never added. Every group keeps a step.
+    budget names no keep ratio for, as long as one fits; scales of 0 are never added. Every group keeps a step and,
+    where the budget allows it, the share `LEAST` of its channels: how large scales are differs from layer to layer, and
+    one threshold for all left a single channel in front of a CycleGAN's colours.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
     least = allocate(graph, budget, round_to=round_to)
     open_groups = {group for group in scales if budget.keep_ratio(group.name) is None}
-    start = {group: min(round_to, group.size) if group in open_groups else least[group] for group in graph.groups}
+    ranks = {group: magnitudes(graph.model, scales[group]).sort(descending=True).values for group in open_groups}
+
+    def start_at(share: float) -> dict[ChannelGroup, int]:
+        """What the others are pinned to, and of open groups a share of the channels whose scale is not 0."""
+        found = dict(least)
+        for group, values in ranks.items():
+            wanted = max(1, min(math.ceil(share * group.size), int(values.count_nonzero())))
+            found[group] = min(group.size, math.ceil(wanted / round_to) * round_to)
+        return found
+
     costs = Costs(graph)
     limits = [(limit.metric, limit.resolve(costs(limit.metric, costs.dense))) for limit in budget.limits]
 
@@ -105,12 +119,13 @@ def keep_counts(
         for group in graph.groups
         if group not in open_groups
     }
-    counts = start | whole if fits(start | whole) else start
+    starts = [start_at(LEAST) | whole, start_at(0) | whole, start_at(LEAST), start_at(0)]
+    counts = next((start for start in starts if fits(start)), starts[-1])
     ranked = [
         (float(score), group)
         for group in graph.groups
         if group in open_groups
-        for score in magnitudes(graph.model, scales[group]).sort(descending=True).values[round_to::round_to]
+        for score in ranks[group][counts[group] :: round_to]
     ]
     for score, group in sorted(ranked, key=lambda step: -step[0]):
         tried = counts | {group: min(group.size, counts[group] + round_to)}
