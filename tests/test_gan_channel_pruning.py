@@ -102,6 +102,21 @@ def test_channels_compete_by_scale_over_all_groups() -> None:
     assert plan.keep[group].tolist() == sorted(plan.keep[group].tolist())
 
 
+@pytest.mark.parametrize(("num_alive", "share", "expected"), [(16, 0.4, 4), (2, 0.4, 2), (16, 0.05, 1)])
+def test_a_layer_of_small_scales_keeps_a_quarter_of_what_is_alive_where_the_budget_allows_it(
+    num_alive: int, share: float, expected: int
+) -> None:
+    generator, inputs = stirred(build("sngan_generator")), inputs_of("sngan_generator")
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+        generator.get_parameter("blocks.1.norm2.weight").copy_(1e-3 * (torch.arange(16) < num_alive))
+    graph = trace(generator, inputs)
+    counts = keep_counts(graph, scales_of(graph, inputs), Budget.parse(f"macs<={share}x"))
+    assert {group.name: count for group, count in counts.items()}["blocks.1.conv1"] == expected
+
+
 def test_widths_are_rounded_and_keep_ratios_pinned() -> None:
     generator, inputs = stirred(build("sngan_generator")), inputs_of("sngan_generator")
     graph = trace(generator, inputs)
