@@ -1,13 +1,13 @@
-"""One trained SNGAN, half of its generator's multiply-accumulates, six ways to get there, as many seeds as one likes.
+"""One trained SNGAN, half of its generator's multiply-accumulates, ways to get there, as many seeds as one likes.
 
     python -m benchmarks.gan_compression FASHION_MNIST_ROOT WORK_FOLDER [--seeds N ...] [--jobs N] [--limit N]
         [--dense-epochs N] [--prune-epochs N] [--retrain-epochs N] [--ways NAME ...]
 
 Fashion-MNIST at its own 28x28, generator 64 wide, discriminator 32. Every way starts from the same dense networks of
 its seed and trains for as many epochs behind them: Algorithm 2 and GAN-Slimming's form prune and then fine-tune, the
-one-shot ways only fine-tune. The ticket is the exception: Algorithm 2's channels, trained from the initial weights as
-long as the dense network was. Distances are of a ResNet-20's features, which is trained on the same images first,
-`fd_resnet20`.
+one-shot ways, and the dense networks themselves, only fine-tune. The ticket is the exception: Algorithm 2's channels,
+trained from the initial weights as long as the dense network was. Distances are of a ResNet-20's features, which is
+trained on the same images first, `fd_resnet20`.
 
 All runs are `compress_gan`'s and stay in WORK_FOLDER with their reports, files and pictures; what is there already is
 not done again. A row per way: by point of the run (dense, pruned, recovered, compact) `fd`, `f8` and `f1/8` of every
@@ -50,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "Algorithm 2, ticket": {"method": "channel_pruning", "options": SHORT, "retrain": "rewind"},
     "GAN-Slimming": {"method": "gan_slimming"},
+    "dense, trained on": {"method": "magnitude", "budget": "macs<=1x"},
     "one-shot magnitude": {"method": "magnitude"},
     "neuron merging, least squares from noise": {"method": "neuron_merging", "recover": "lsq"},
 }
