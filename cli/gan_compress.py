@@ -71,7 +71,8 @@ def compress(
 
     \b
     sparsekit gan compress --model sngan --data imagefolder:cifar10 --budget 'macs<=0.5x'
-    sparsekit gan compress --data digits --z 32 --ch 32 --discriminator-ch 32 --dense-epochs 20 --epochs 4
+    sparsekit gan compress --data digits --z 32 --ch 32 --discriminator-ch 32 --dense-epochs 20 --epochs 4 \\
+        --batch-size 16 --generator-batch-size 16 --num-critic-steps 1 --average-decay 0.99
     sparsekit gan compress --weights generator.safetensors --method neuron_merging --recover lsq --retrain none
     sparsekit gan compress --recipe out/recipe.toml --out again
     """
