@@ -17,9 +17,22 @@ _OWN = frozenset(vars(nn.Module()))  # what every module has: parameters, buffer
 _PLAIN = (nn.Module, nn.modules.conv._ConvNd, object)
 
 
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules, shared ones under each of their paths; torch's generators inside generators take far longer."""
+    found = {}
+    ahead = [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                ahead.append((f"{path}.{name}" if path else name, child))
+    return found
+
+
 def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """`copy.deepcopy(model, memo)`: `memo` maps the id of what is to be replaced to what replaces it."""
-    modules = [module for module in model.modules() if id(module) not in memo]
+    modules = [module for module in dict.fromkeys(modules_by_path(model).values()) if id(module) not in memo]
     plain = [module for module in modules if _copies_plainly(type(module))]
     for module in plain:  # first all of them, because modules refer to each other
         memo[id(module)] = type(module).__new__(type(module))
@@ -34,7 +47,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def kept_tensors(model: nn.Module) -> list[Tensor]:
     """Tensors that modules keep beside their parameters and buffers, in a cache or for a hook."""
     kept: list[Any] = []
-    for module in model.modules():
+    for module in modules_by_path(model).values():
         for name, value in vars(module).items():
             if name not in _OWN and type(value) not in _FIXED:
                 kept += [value] if isinstance(value, Tensor) else _inside(value)

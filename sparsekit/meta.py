@@ -1,6 +1,6 @@
 """A network without storage, and its ops run on shapes alone: what `record` needs of a forward pass, fast.
 
-Torch works out the shapes of many ops in Python, a millisecond for each normalisation. Four formulas and a memory
+Torch works out the shapes of many ops in Python, a millisecond for each normalisation. Five formulas and a memory
 of what was asked before give the same answers in a tenth of the time.
 """
 
@@ -18,6 +18,7 @@ from sparsekit.copying import copy_module, kept_tensors
 
 _ATEN = torch.ops.aten
 _UNTAGGED = ("aten::hardswish", "aten::hardswish_", "aten::mish", "aten::mish_")
+_AS_IT_IS = (None, torch.preserve_format)
 Template = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -53,7 +54,7 @@ class MetaKernels:
         kind = _kind(func)
         if kind is None:
             return func(*args, **kwargs)
-        alike = _elementwise(func) and _one_shape(args)
+        alike = _elementwise(func) and kwargs.get("memory_format") in _AS_IT_IS and _one_layout(args)
         key = (func, _key(args, shapes=not alike), _key(tuple(kwargs.items())))
         if None in key:  # other devices
             return func(*args, **kwargs)
@@ -74,7 +75,7 @@ class MetaKernels:
             return result
         if isinstance(known, list):
             return tuple(map(_empty, known))
-        return torch.empty_like(args[0], dtype=known[2]) if alike else _empty(known)
+        return _like(args[0], known[2]) if alike else _empty(known)
 
 
 @cache
@@ -94,13 +95,31 @@ def _elementwise(func: OpOverload) -> bool:
     return (torch.Tag.pointwise in func.tags or func._schema.name in _UNTAGGED) and len(func._schema.returns) == 1
 
 
-def _one_shape(args: tuple[Any, ...]) -> bool:
-    """Whether all tensors among the arguments have one shape and are contiguous: then only dtypes matter."""
+def _one_layout(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors among the arguments have one shape and one dense order of it: then only dtypes matter."""
     first = args[0] if args else None
-    if not isinstance(first, Tensor) or first.dim() == 0 or not first.is_contiguous():
+    if not isinstance(first, Tensor) or first.dim() == 0:
         return False
     rest = [value for value in args[1:] if isinstance(value, Tensor)]
-    return all(value.shape == first.shape and value.is_contiguous() for value in rest)
+    if first.is_contiguous():
+        return all(value.shape == first.shape and value.is_contiguous() for value in rest)
+    return _is_dense(first) and all((value.shape, value.stride()) == (first.shape, first.stride()) for value in rest)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a piece of memory without gaps, each once."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `empty_like` makes of a dense tensor, for which torch goes through Python."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
 
 
 def _key(values: tuple[Any, ...], *, shapes: bool = True) -> Any:
@@ -131,7 +150,7 @@ def _empty(template: Template) -> Tensor:
 
 
 def _formula(func: OpOverload, args: tuple[Any, ...]) -> Any:
-    """Normalisations, addmm and cat of tensors that fit each other; None leaves it to torch, errors included."""
+    """Normalisations, softmax, addmm and cat of tensors that fit each other; None leaves it to torch, errors included."""
     if func is _ATEN.addmm.default:
         bias, left, right = args
         fits = bias.shape == right.shape[1:] and left.shape[1] == right.shape[0]
@@ -140,7 +159,7 @@ def _formula(func: OpOverload, args: tuple[Any, ...]) -> Any:
         x, states = args[0], [state for state in args[1:5] if state is not None]
         if not (x.is_contiguous() and _alike([x, *states]) and all(state.shape == x.shape[1:2] for state in states)):
             return None
-        return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        return _like(x, x.dtype), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
     if func is _ATEN.native_layer_norm.default:
         x, shape, states = args[0], tuple(args[1]), [state for state in args[2:4] if state is not None]
         if not _alike([x, *states]) or any(
@@ -149,6 +168,9 @@ def _formula(func: OpOverload, args: tuple[Any, ...]) -> Any:
             return None
         statistics = [*x.shape[: -len(shape)], *[1] * len(shape)]
         return x.new_empty(x.shape), x.new_empty(statistics), x.new_empty(statistics)
+    if func is _ATEN._safe_softmax.default or func is _ATEN._softmax.default:
+        x, _, *cast = args
+        return _like(x, x.dtype) if x.is_contiguous() and not any(cast) else None
     return _joined(*args) if func is _ATEN.cat.default else None
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from sparsekit.channels import Channels
 from sparsekit.coupling import Coupling, Label, Labels, Mark, Place
 from sparsekit.plan import COUNT, ChannelGroup, PruningPlan
-from sparsekit.record import Op, Recording, Ref, record
+from sparsekit.record import MetaKernels, Op, Recording, Ref, record
 from sparsekit.rules import ELEMENTWISE
 from sparsekit.rules.picks import start_of
 from sparsekit.surgery import cut
@@ -51,12 +51,14 @@ class Probe:
         inputs: tuple[tuple[Any, ...], tuple[Any, ...]],
         recordings: list[Recording],
         labels: list[dict[int, Labels]],
+        kernels: MetaKernels,
     ) -> None:
-        """`inputs` of the pass in eval mode, and of the one in training mode."""
+        """`inputs` of the pass in eval mode, and of the one in training mode; the `kernels` that recorded them."""
         self._twin = twin
         self._inputs = inputs
         self._recordings = recordings
         self._labels = labels
+        self._kernels = kernels
         # Real values decide how many boxes there are: then only layers are compared.
         self._loose = any(not parameter.is_meta for parameter in twin.parameters())
         self._trials: Iterator[Combination] = iter(())
@@ -170,7 +172,7 @@ class Probe:
             return None
         small = cut(self._twin, PruningPlan(keep))
         for number, (recording, mode) in enumerate(zip(self._recordings, (False, True), strict=False)):
-            again = record(small.train(mode), self._inputs[mode])
+            again = record(small.train(mode), self._inputs[mode], self._kernels)
             compare = _compare_layers if self._loose else _compare
             found = compare(recording, again, self._labels[number], _Predicted(channels, alive))
             if found is not None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparsekit.errors import TraceError
 from sparsekit.forward import check_inputs as check_inputs
 from sparsekit.forward import plain
-from sparsekit.meta import MetaKernels
+from sparsekit.meta import MetaKernels as MetaKernels
 from sparsekit.meta import on_meta as on_meta
 from sparsekit.whereabouts import Frames, running_modules
 
@@ -122,17 +122,18 @@ class Recording:
     failed: Op | None
 
 
-def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
+def record(model: nn.Module, example_inputs: tuple[Any, ...], kernels: MetaKernels | None = None) -> Recording:
     """The ATen ops of `model(*example_inputs)`, in the model's present mode.
 
     Buffers that the forward updates are updated: pass a copy. Inputs are copied to the device of the model's
-    parameters. Nothing can be differentiated: what backward would need is not kept.
+    parameters. Nothing can be differentiated: what backward would need is not kept. `kernels` that recorded networks
+    like this one are faster.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     device = named[0][1].device if named else torch.device("cpu")
     with _ONE_AT_A_TIME, _plain_torch(), running_modules(model) as stack:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), example_inputs)
-        recorder = _Recorder(stack)
+        recorder = _Recorder(stack, kernels or MetaKernels())
         states = {name: recorder.state(tensor) for name, tensor in named}
         given = tuple(recorder.made(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         returned: Any = None
@@ -151,13 +152,13 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, stack: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, stack: list[tuple[str, nn.Module]], kernels: MetaKernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.constants: dict[int, Tensor] = {}
         self.failed: tuple[Exception, Op] | None = None
         self._stack = stack
-        self._run = MetaKernels()
+        self._run = kernels
         self._num_refs = 0
         # An id is an identity only while its tensor lives.
         self._refs: dict[int, tuple[Ref, weakref.ref[Tensor]]] = {}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsekit.baking import bake, is_computed
-from sparsekit.copying import copy_module, kept_tensors
+from sparsekit.copying import copy_module, kept_tensors, modules_by_path
 from sparsekit.errors import PlanError
 from sparsekit.plan import COUNT, ChannelGroup, PruningPlan, Slot
 
@@ -46,23 +48,23 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     model = plain(model, plan)
     edited = _edited(model, plan)
-    gone: dict[tuple[str, int], list[Tensor]] = {}
+    gone: dict[tuple[str, int], list[NDArray[np.int64]]] = {}  # numpy: a fifth of the time, on so little
     for group, keep in plan.keep.items():
-        dropped = (~keep).nonzero().flatten()
+        dropped = ~keep.numpy()
         for slot in group.slots:
-            gone.setdefault((slot.tensor, slot.dim), []).append(slot.index[dropped].flatten())
+            gone.setdefault((slot.tensor, slot.dim), []).append(slot.index.numpy()[dropped].ravel())
     counts: dict[str, int] = {}
     value_of = _values(model)
     for (name, dim), positions in gone.items():
         if dim == COUNT:
-            counts[name] = len(torch.cat(positions).unique())
+            counts[name] = len(np.unique(np.concatenate(positions)))
             continue
         tensor = edited[name] if name in edited else value_of(name).detach()
-        stay = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        stay[torch.cat(positions)] = False
-        edited[name] = tensor.index_select(dim, stay.nonzero().flatten().to(tensor.device))
+        stay = np.ones(tensor.shape[dim], dtype=bool)
+        stay[np.concatenate(positions)] = False
+        edited[name] = tensor.index_select(dim, torch.from_numpy(stay.nonzero()[0]).to(tensor.device))
     small = _replaced(model, edited)
-    modules = dict(small.named_modules(remove_duplicate=False))
+    modules = modules_by_path(small)
     for name, count in counts.items():
         path, _, leaf = name.rpartition(".")
         setattr(modules[path], leaf, getattr(modules[path], leaf) - count)
@@ -74,7 +76,7 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
 def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """`model`; or a copy without what modules keep, their computed weights made parameters where the plan cuts them."""
     paths = {slot.tensor.rpartition(".")[0] for group in plan.keep for slot in group.slots}
-    known = dict(model.named_modules())
+    known = modules_by_path(model)
     computing = [path for path in paths if path in known and is_computed(known[path])]
     if computing or kept_tensors(model):
         model = copied(model)
@@ -142,7 +144,7 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 
 def _values(model: nn.Module) -> Callable[[str], Any]:
     """Name -> parameter, buffer, computed weight or attribute; raises AttributeError or KeyError."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
 
     def value_of(name: str) -> Any:
         path, _, leaf = name.rpartition(".")

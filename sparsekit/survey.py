@@ -20,7 +20,7 @@ from sparsekit.coupling import Coupling, Labels, Mark, Product
 from sparsekit.errors import PlanError, TraceError
 from sparsekit.plan import ChannelGroup, PruningPlan, Slot
 from sparsekit.probe import Probe
-from sparsekit.record import Recording, on_meta, record
+from sparsekit.record import MetaKernels, Recording, on_meta, record
 from sparsekit.rules import follow
 from sparsekit.surgery import copied
 
@@ -54,12 +54,13 @@ def survey(model: nn.Module, inputs: tuple[Any, ...], *, renormalise: bool) -> S
     Raises:
         TraceError: the forward fails on the inputs.
     """
-    twin, recordings = _record(model, inputs)
+    kernels = MetaKernels()
+    twin, recordings = _record(model, inputs, kernels)
     coupling = Coupling()
     labels = [follow(recordings[0], coupling)]
     calls, passes = tuple(coupling.macs), tuple(coupling.passes)
     labels += [follow(recording, coupling) for recording in recordings[1:]]
-    probe = Probe(twin, (inputs, for_training(inputs)), recordings, labels)
+    probe = Probe(twin, (inputs, for_training(inputs)), recordings, labels, kernels)
     while True:
         channels = connect(coupling, renormalise=renormalise)
         groups = _groups(coupling, channels, recordings)
@@ -99,13 +100,13 @@ def _key(slot: Slot) -> tuple[str, int, bytes]:
     return slot.tensor, slot.dim, slot.index.numpy().tobytes()
 
 
-def _record(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, list[Recording]]:
+def _record(model: nn.Module, inputs: tuple[Any, ...], kernels: MetaKernels) -> tuple[nn.Module, list[Recording]]:
     """A copy of the model without storage and what it did; a real one where the forward needs values."""
     twin = _without_caches(bake_all(on_meta(model)))
-    recordings = _recordings(twin, inputs)
+    recordings = _recordings(twin, inputs, kernels)
     if recordings[0].error is not None:
         twin = bake_all(copied(model).cpu())
-        recordings = _recordings(twin, inputs)
+        recordings = _recordings(twin, inputs, kernels)
     error = recordings[0].error
     if error is not None:
         raise TraceError(f"forward fails on the example inputs: {type(error).__name__}: {error}") from error
@@ -123,14 +124,14 @@ def for_training(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return doubled
 
 
-def _recordings(twin: nn.Module, inputs: tuple[Any, ...]) -> list[Recording]:
+def _recordings(twin: nn.Module, inputs: tuple[Any, ...], kernels: MetaKernels) -> list[Recording]:
     """The pass in eval mode, and the one in training mode where that alone uses some parameters."""
-    evaluated = record(twin.eval(), inputs)
+    evaluated = record(twin.eval(), inputs, kernels)
     used = {ref.index for op in evaluated.ops for ref in op.tensors}
     idle = [name for name, _ in twin.named_parameters() if evaluated.states[name].index not in used]
     if not idle or evaluated.error is not None:
         return [evaluated]
-    training = record(copied(twin).train(), for_training(inputs))
+    training = record(copied(twin).train(), for_training(inputs), kernels)
     if training.error is None:
         return [evaluated, training]
     log.warning("%s: unused in eval mode, and the training pass fails: %s", idle[0], training.error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsekit.errors import PlanError
-from sparsekit.meta import on_cpu, on_meta
+from sparsekit.meta import MetaKernels, on_cpu, on_meta
 from sparsekit.record import Recording, record
 
 LIMITS = ("eps", "min", "max", "tiny")  # of `torch.finfo`
@@ -35,9 +36,11 @@ def takes_of(model: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> li
     size = sizes.pop() if len(sizes) == 1 else 0
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     other = torch.float32 if dtype is torch.float64 else torch.float64
+    twins: list[Callable[[nn.Module], nn.Module]] = [on_meta, on_cpu]
+    kernels = MetaKernels()
 
     def taken(size: int, dtype: torch.dtype) -> Take:
-        return Take(_recorded(model, _with_batch(inputs, size), dtype, training=training), size, dtype)
+        return Take(_recorded(model, _with_batch(inputs, size), dtype, twins, kernels, training=training), size, dtype)
 
     # Batch norm does not train on one example.
     first = taken(2 if size == 1 and training else size, dtype)
@@ -99,22 +102,34 @@ def _with_batch(inputs: Any, size: int) -> Any:
     return tree_map_only(Tensor, resized, inputs)
 
 
-def _recorded(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, *, training: bool) -> Recording:
+def _recorded(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    dtype: torch.dtype,
+    twins: list[Callable[[nn.Module], nn.Module]],
+    kernels: MetaKernels,
+    *,
+    training: bool,
+) -> Recording:
     """On shapes alone; on a real copy where the forward needs values, or makes constants that the steps need.
+
+    What does not do is taken from `twins`: it would not do for another take either.
 
     Raises:
         PlanError: what the forward does depends on values of its inputs.
     """
-    for twin_of in (on_meta, on_cpu):
-        twin = twin_of(model).train(training)
+    while True:
+        twin = twins[0](model).train(training)
         if dtype not in {parameter.dtype for parameter in twin.parameters()}:
             twin = twin.to(dtype)
             inputs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
-        recording = record(twin, inputs)
-        if recording.error is None and not any(value.is_meta for value in recording.constants.values()):
+        recording = record(twin, inputs, kernels)
+        lacking = recording.error is not None or any(value.is_meta for value in recording.constants.values())
+        if not lacking or len(twins) == 1:
             break
+        del twins[0]
     fixed = {name for name, buffer in twin.named_buffers() if not buffer.is_floating_point()}
-    _refuse_values(recording, fixed, _READS if twin_of is on_meta else _READS | _SIZES)
+    _refuse_values(recording, fixed, _READS if on_meta in twins else _READS | _SIZES)
     return recording
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.errors import TraceError
-from sparsekit.record import Recording, check_inputs, on_meta, record
+from sparsekit.record import MetaKernels, Recording, check_inputs, on_meta, record
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -70,6 +70,38 @@ def test_shapes_on_meta_are_those_of_the_real_network(name: str, training: bool)
 
     assert [row(op) for op in on_shapes.ops] == [row(op) for op in real.ops]
     assert len(real.ops) > 50
+
+
+ATEN = torch.ops.aten
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(1, 2),
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "with gaps": lambda x: x[:, :, 1:7],
+    "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+}
+CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    "gelu": (ATEN.gelu.default, (), {}),
+    "gt": (ATEN.gt.Scalar, (0.5,), {}),
+    "clone": (ATEN.clone.default, (), {}),
+    "contiguous": (ATEN.clone.default, (), {"memory_format": torch.contiguous_format}),
+    "to channels last": (ATEN.clone.default, (), {"memory_format": torch.channels_last}),
+    "half": (ATEN._to_copy.default, (), {"dtype": torch.float16}),
+    "softmax": (ATEN._softmax.default, (-1, False), {}),
+    "softmax of all masked": (ATEN._safe_softmax.default, (1,), {}),
+    "softmax in float64": (ATEN._safe_softmax.default, (1, torch.float64), {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("call", CALLS)
+def test_an_op_worked_out_once_has_the_layout_that_torch_gives_it(call: str, layout: str) -> None:
+    func, rest, named = CALLS[call]
+    kernels = MetaKernels()
+    for size in (2, 2, 5):  # one that is remembered, and one of another shape
+        x = LAYOUTS[layout](torch.empty(size, 3, 8, 8, device="meta"))
+        got, expected = kernels(func, (x, *rest), named), func(x, *rest, **named)
+        assert (got.shape, got.stride(), got.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
 def test_a_normalisation_of_the_wrong_size_fails_on_meta_too() -> None:
