@@ -150,7 +150,7 @@ def _empty(template: Template) -> Tensor:
 
 
 def _formula(func: OpOverload, args: tuple[Any, ...]) -> Any:
-    """Normalisations, softmax, addmm and cat of tensors that fit each other; None leaves it to torch, errors included."""
+    """Normalisations, softmax, addmm and cat of tensors that fit; None leaves it to torch, errors included."""
     if func is _ATEN.addmm.default:
         bias, left, right = args
         fits = bias.shape == right.shape[1:] and left.shape[1] == right.shape[0]
