@@ -124,6 +124,31 @@ def test_channels_whose_number_the_forward_fixes_are_marked_with_its_line(middle
     assert graph.groups[0].fixed_by.startswith("tests/test_graph.py:")
 
 
+def test_a_size_that_the_forward_takes_from_other_channels_fixes_both_and_nothing_between() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 2
+            self.stem, self.qkv, self.proj = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 4)
+            self.bias = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, self.num_heads))
+            self.register_buffer("where", torch.rand(5, 5, 2))
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x)
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            attended = (q @ k.transpose(-2, -1) + self.bias(self.where).permute(2, 0, 1)).softmax(-1) @ v
+            return self.proj(attended.transpose(1, 2).reshape(b, n, c))
+
+    x = torch.randn(2, 5, 3)
+    graph = trace(Attention().eval(), x)
+    assert groups(graph) == {"stem": 8, "qkv": 2, "qkv#2": 4, "bias.0": 12}
+    fixed = {group.name: group.fixed_by.partition(": ")[2] for group in graph.groups if group.fixed_by}
+    assert fixed == dict.fromkeys(["stem", "qkv", "qkv#2"], "the forward takes a size here from other channels")
+    plan = keep_top({g: torch.rand(g.size) for g in graph.groups}, {g: g.size // 2 for g in graph.groups})
+    assert certify(graph.model, plan, compact(graph.model, plan, x), x).holds
+
+
 @pytest.mark.parametrize(
     "middle",
     [
