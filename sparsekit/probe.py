@@ -173,26 +173,26 @@ class Probe:
             found = (compare_layers if self._loose else compare)(recording, again, self._labels[number], predicted)
             if found is not None:
                 step, sides, reason = found
-                follows = self._followed(number, step, asked_by(again), predicted)
+                follows = self._followed((number, step), sides, asked_by(again), predicted)
                 if follows:
                     reason = _FOLLOWS
                 return _Difference((number, step), recording.ops[step], sides, reason, follows)
         return None
 
-    def _followed(self, number: int, step: int, asked: list[int], predicted: Predicted) -> tuple[Label, ...]:
+    def _followed(
+        self, at: tuple[int, int], sides: tuple[Side, ...], asked: list[int], predicted: Predicted
+    ) -> tuple[Label, ...]:
         """For each size that a failed reshape asked for and that was cut: the nearest channels that are as many."""
-        labels, ops = self._labels[number], self._recordings[number].ops
+        labels, ops = self._labels[at[0]], self._recordings[at[0]].ops
+        dense = ops[at[1]].outputs[0].shape
+        sizes = {(dense[dim], asked[dim]) for _, _, dim in sides if len(asked) == len(dense)}
         found = []
-        for size, dense in zip(asked, ops[step].outputs[0].shape, strict=False):
-            if size in (-1, dense):
-                continue
-            for op in ops[step - 1 :: -1] if step else ():
-                carried = [label for ref in (*op.outputs, *op.tensors) for label in labels.get(ref.index, ())]
-                label = next(
-                    (x for x in carried if x is not None and len(x) == dense and predicted.count(x) == size), None
-                )
-                if label is not None:
-                    found.append(label)
+        for before, after in sizes:
+            for op in ops[at[1] :: -1] if after not in (-1, before) else ():
+                carried = [label for ref in op.tensors for label in labels.get(ref.index, ())]
+                alike = [x for x in carried if x is not None and (len(x), predicted.count(x)) == (before, after)]
+                if alike:
+                    found.append(alike[0])
                     break
         return tuple(found)
 
