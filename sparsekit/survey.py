@@ -87,7 +87,10 @@ def living(
     for number, group in _groups(coupling, channels, recordings).items():
         found |= {_key(slot): number for slot in group.slots}
     alive = np.ones(len(channels.group), dtype=bool)
+    used = {name for recording in recordings for name in _first_use([recording])}
     for group, keep in plan.keep.items():
+        if not any(slot.tensor in used for slot in group.slots):
+            continue  # as of heads that run only in training
         known = [found[key] for slot in group.slots if (key := _key(slot)) in found]
         if not known:
             raise PlanError(f"group {group.name!r}: the recorded forward of this model has no such channels")

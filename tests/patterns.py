@@ -1161,6 +1161,19 @@ class GroupedKv(Block):
 
 
 @pattern(A + B + SEPARATE, inputs=tokens)
+class MultiQuery(Block):
+    """Three query heads share one key and value head, which attention repeats by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.proj = nn.Linear(12, 12), nn.Linear(12, 4), nn.Linear(12, 4), nn.Linear(12, 12)
+
+    def mix(self, x: Tensor) -> Any:
+        q, k, v = split_heads(self.q(x), 3), self.k(x)[:, None], self.v(x)[:, None]
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+@pattern(A + B + SEPARATE, inputs=tokens)
 class RotaryInterleaved(Block):
     """Pairs of neighbours are rotated, the angles computed in the forward."""
 

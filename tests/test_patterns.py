@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from sparsekit.baking import bake_all
 from sparsekit.compaction import certify, compact
+from sparsekit.coupling import Coupling
 from sparsekit.export import export_onnx
 from sparsekit.gates import GatedNetwork
 from sparsekit.graph import ChannelGraph, trace
 from sparsekit.plan import PruningPlan
+from sparsekit.record import record
 from sparsekit.selection import keep_top
 from sparsekit.surgery import copied, mask
+from sparsekit.survey import living
 from tests.patterns import PATTERNS, Inputs, Place, make
 
 CASES = [(name, renormalise) for name, pattern in PATTERNS.items() for renormalise in pattern.modes]
@@ -50,6 +53,14 @@ def reasons(graph: ChannelGraph) -> list[str]:
 
 def tensors(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+@every_case
+def test_the_ops_that_run_on_the_cpu_have_the_groups_of_those_on_meta(name: str, renormalise: bool) -> None:
+    graph, inputs = traced(name, renormalise)
+    plan = random_plan(graph, drop=2, seed=0)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    living([record(mask(graph.model, plan).double(), inputs)], plan, Coupling())  # raises where it has no such group
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsekit.coupling import Coupling, Label, Labels, Product
+from sparsekit.coupling import Coupling, Label, Labels, Product, merge
 from sparsekit.layers import Convolution, Layer, MatrixProduct
 from sparsekit.record import Op, Ref
 
@@ -186,6 +186,14 @@ def _agreed(coupling: Coupling, *labels: Label | None) -> Label | None:
     return None if all(label is None for label in labels) else coupling.unite(*labels)
 
 
+def _shared(label: Label | None, size: int, num_heads: int, coupling: Coupling) -> Label | None:
+    """A label of `size` heads of keys or values, each repeated for the neighbouring query heads that share it."""
+    if label is None or size == num_heads:
+        return label
+    shape = size, num_heads // size
+    return merge([label, coupling.fresh(shape[1])], shape)
+
+
 def vector_product(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """aten::mv [n, k] @ [k] and dot [k] @ [k]."""
     left, right = (op.args["self"], op.args["vec"]) if op.name == "mv" else (op.args["self"], op.args["tensor"])
@@ -198,14 +206,14 @@ def attention(op: Op, coupling: Coupling) -> Sequence[Labels]:
     """Scaled dot-product attention: queries [..., n, d], keys [..., m, d], values [..., m, e] to [..., n, e]."""
     query, key, value = (op.args[name] for name in ("query", "key", "value"))
     labels = [coupling.labels(ref) for ref in (query, key, value)]
+    out = op.outputs[0].shape
     masks = [op.args[name] for name in ("attn_mask", "attn_bias") if op.args.get(name) is not None]
     leading: list[Label | None] = []
     for back in range(len(query.shape), 2, -1):
-        meeting = [given[-back] for given in labels]
-        meeting += [
-            coupling.labels(ref)[-back]
-            for ref in masks
-            if len(ref.shape) >= back and ref.shape[-back] == query.shape[-back] > 1
+        meeting = [
+            _shared(coupling.labels(ref)[-back], ref.shape[-back], out[-back], coupling)
+            for ref in (query, key, value, *masks)
+            if len(ref.shape) >= back and ref.shape[-back] > 1  # a single head serves all
         ]
         leading.append(_agreed(coupling, *meeting))
     for ref in masks:
@@ -214,7 +222,7 @@ def attention(op: Op, coupling: Coupling) -> Sequence[Labels]:
     coupling.contract((query, labels[0][-1]), (key, labels[1][-1]))
     if op.args.get("scale") is None:
         coupling.fix(labels[0][-1], "the default scale follows the size of the attention heads")
-    batch = [size if label is None else label for size, label in zip(query.shape, leading, strict=False)]
+    batch = [size if label is None else label for size, label in zip(out, leading, strict=False)]
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     _count(coupling, op, 1.0, *batch, num_queries, (query, -1), num_keys, layer=MatrixProduct(None))
     _count(coupling, op, 1.0, *batch, num_queries, num_keys, (value, -1), layer=MatrixProduct(None))
