@@ -88,7 +88,7 @@ class Probe:
         """Cut along the next combination of attributes, or, when none is left, fix the channels."""
         self._trial_of, self._trial_places = None, []
         for combination in self._trials:
-            for op, labels in self._alike(difference.op):
+            for _, op, labels in self._alike(difference.op):
                 for side, levels, name in combination:
                     path = _ancestor(op.module, levels)
                     place, label = (f"{path}.{name}" if path else name, COUNT), _at(op, labels, side)
@@ -104,7 +104,7 @@ class Probe:
 
     def _fix(self, difference: _Difference, channels: Channels, coupling: Coupling) -> None:
         found = []
-        for op, labels in self._alike(difference.op):
+        for _, op, labels in self._alike(difference.op):
             atoms = [label for side in difference.sides if (label := _at(op, labels, side)) is not None]
             marks = [Mark(label, difference.reason, op) for label in atoms if _movable(channels, label)]
             # Which size a number follows is not to be seen: the innermost first, as of attention heads.
@@ -121,27 +121,28 @@ class Probe:
         )
 
     def _nearest(self, difference: _Difference, channels: Channels) -> list[Mark]:
-        """The channels of the nearest op at or before the difference that carries any."""
-        number, step = difference.at
-        labels = self._labels[number]
-        for op in self._recordings[number].ops[step::-1]:
-            given = [label for ref in (*op.outputs, *op.tensors) for label in labels.get(ref.index, ())]
-            found = [label for label in given if label is not None and _movable(channels, label)]
-            if found:
-                return [Mark(label, difference.reason, op) for label in found]
-        return []
+        """The channels of the nearest op that carries any, at or before the difference and all that follow like it."""
+        marks = []
+        for (number, step), _, labels in self._alike(difference.op):
+            for op in self._recordings[number].ops[step::-1] if (number, step) >= difference.at else ():
+                given = [label for ref in (*op.outputs, *op.tensors) for label in labels.get(ref.index, ())]
+                found = [label for label in given if label is not None and _movable(channels, label)]
+                if found:
+                    marks += [Mark(label, difference.reason, op) for label in found]
+                    break
+        return marks
 
-    def _alike(self, op: Op) -> Iterator[tuple[Op, dict[int, Labels]]]:
-        """All ops of the same line of the user's code and the same kind of module."""
-        for recording, labels in zip(self._recordings, self._labels, strict=True):
-            for other in recording.ops:
+    def _alike(self, op: Op) -> Iterator[tuple[tuple[int, int], Op, dict[int, Labels]]]:
+        """All ops of the same line of the user's code and the same kind of module, and where they are."""
+        for number, (recording, labels) in enumerate(zip(self._recordings, self._labels, strict=True)):
+            for step, other in enumerate(recording.ops):
                 if (other.name, other.source, type(other.owner)) == (op.name, op.source, type(op.owner)):
-                    yield other, labels
+                    yield (number, step), other, labels
 
     def _combinations(self, difference: _Difference) -> Iterator[Combination]:
         """Attributes that hold the sizes which differ, one for each, nearest modules first."""
         op = difference.op
-        labels = next(labels for other, labels in self._alike(op) if other is op)
+        labels = self._labels[difference.at[0]]
         choices = []
         for side in difference.sides:
             label = _at(op, labels, side)
