@@ -38,12 +38,17 @@ def gathered(masked: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> l
     values = {ref.index: states[name] for name, ref in recording.states.items()} | recording.constants
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     values |= {ref.index: leaf.clone() for ref, leaf in zip(recording.inputs, given, strict=True)}
+    returned = {ref.index for ref in recording.outputs}
+    last = {ref.index: op for op in recording.ops for ref in (*op.outputs, *op.tensors)}
     for op in recording.ops:
         if op in normalising:
             results = _without_dropped(op, values, labels, alive)
         else:
             results = _call(op, _filled(op.args, values))
         values |= {ref.index: result for ref, result in zip(op.outputs, results, strict=True)}
+        for index in {ref.index for ref in (*op.outputs, *op.tensors)} - returned:
+            if last[index] is op:  # all activations at once would not fit
+                del values[index]
     return [values[ref.index] for ref in recording.outputs]
 
 

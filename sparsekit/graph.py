@@ -191,13 +191,13 @@ def _refusals(
         return ()
     # Positions of tokens or kernels are no channels: only what a layer makes or reads can be lost.
     layers = channels.owning([label for call in calls for label in call.weight])
-    held = csr_array(np.stack([channels.owning(labels) & layers for labels in found.values()]).astype(np.int64))
-    locked = csr_array(np.stack([_locked(channels, call.dims) & layers for call in calls]).astype(np.int64))
+    held = _rows((channels.owning(labels) & layers for labels in found.values()), len(layers))
+    locked = _rows((_locked(channels, call.dims) & layers for call in calls), len(layers))
     sizes = [call.scale * np.prod([float(d) if isinstance(d, int) else len(d) for d in call.dims]) for call in calls]
     hits = (held @ locked.T).toarray() > 0
     shares = hits @ (np.array(sizes) / sum(sizes))
     offered = [
-        key[-1].endswith(_ON_REQUEST) and bool(row.any()) for key, row in zip(found, held.toarray(), strict=True)
+        key[-1].endswith(_ON_REQUEST) and bool(count) for key, count in zip(found, np.diff(held.indptr), strict=True)
     ]
     rows = [
         Refusal(*key, macs_share=float(share))
@@ -205,6 +205,13 @@ def _refusals(
         if hit.any() or on_request
     ]
     return tuple(sorted(rows, key=lambda row: -row.macs_share))
+
+
+def _rows(masks: Iterable[NDArray[np.bool_]], width: int) -> csr_array:
+    """Sparse from the start: calls times channels are gigabytes where a layer is called for every step in time."""
+    columns = [np.flatnonzero(mask) for mask in masks]
+    starts = np.cumsum([0, *map(len, columns)])
+    return csr_array((np.ones(starts[-1], np.int64), np.concatenate(columns), starts), shape=(len(columns), width))
 
 
 _ON_REQUEST = "; renormalise=True offers them"
