@@ -156,8 +156,16 @@ def _to_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> onnx
             )
     except (torch.onnx.OnnxExporterError, TypeError, ValueError) as error:
         raise ExportError(f"{path}: {type(network).__name__} cannot be exported: {_root_cause(error)}") from error
+    _restore_constants(program.model.graph)
     proto: onnx.ModelProto = program.model_proto
     return proto
+
+
+def _restore_constants(graph: Any) -> None:
+    """Put back the initialisers that onnxscript drops where it makes two of one name, as of two clamps of a tensor."""
+    for value in (value for node in graph for value in node.inputs if value is not None):
+        if value.const_value is not None and value.producer() is None and value.name not in graph.initializers:
+            graph.register_initializer(value)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import onnx
@@ -230,6 +231,21 @@ def test_a_foldable_batch_norm_that_survives_is_refused(tmp_path: Path, monkeypa
     with pytest.raises(ExportError, match="1 BatchNorm not folded into the convolution before it"):
         export_onnx(trained(), (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx")
     assert os.listdir(tmp_path) == []
+
+
+def test_two_clamps_of_one_tensor_by_constants_export(tmp_path: Path) -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.limits = nn.ParameterList(torch.tensor(limit) for limit in (-1.0, 1.0, -0.5, 0.5))
+
+        def forward(self, x: Tensor) -> Any:
+            x = x * 2
+            low, high, lower, higher = self.limits
+            return self.a(torch.clamp(x, low, high)) + self.b(torch.clamp(x, lower, higher))
+
+    assert export_onnx(Clamped(), (torch.randn(2, 4),), tmp_path / "clamped.onnx").max_relative_error < 1e-5
 
 
 def test_the_batch_must_not_be_fixed_by_the_network(tmp_path: Path) -> None:
