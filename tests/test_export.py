@@ -6,8 +6,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import onnxruntime
