@@ -48,11 +48,13 @@ def as_program(model: nn.Module, small: nn.Module, example_inputs: tuple[Any, ..
         PlanError: the forward fails, or follows the values of tensors; an op numbers what is cut and has no rule.
     """
     states = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
-    evaluated = takes_of(model, example_inputs, training=False)
+    evaluated = takes_of(model, example_inputs)
     trained: Pass | str
     try:
-        both = [evaluated, takes_of(model, example_inputs, training=True)]
-        (passed, trained), constants = _passes(both, living, states)
+        training = takes_of(model, example_inputs, evaluated)
+        both = [evaluated] if training is evaluated else [evaluated, training]
+        (passed, *other), constants = _passes(both, living, states)
+        trained = other[0] if other else passed
     except PlanError as error:
         (passed,), constants = _passes([evaluated], living, states)
         trained = str(error)

@@ -332,6 +332,31 @@ def test_a_table_picked_by_a_buffer_of_indices_is_not_following_values() -> None
     assert torch.equal(program.state_dict()["index"], model.index)  # a file must hold what the steps read
 
 
+@pytest.mark.parametrize(
+    ("middle", "num_recordings"),
+    [(nn.Dropout(0.0), 3), (nn.ReLU(), 3), (nn.Dropout(0.1), 4), (nn.BatchNorm1d(8), 4)],
+    ids=["no dropout", "relu", "dropout", "batch norm"],
+)
+def test_training_mode_is_recorded_in_full_only_where_it_differs(
+    middle: nn.Module, num_recordings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[Recording] = []
+
+    def counting(*args: Any) -> Recording:
+        recorded.append(record(*args))
+        return recorded[-1]
+
+    monkeypatch.setattr("sparsekit.takes.record", counting)
+    model, x = nn.Sequential(nn.Linear(4, 8), middle, nn.Linear(8, 2)), torch.randn(1, 4)
+    program = compact(model, PruningPlan(), x, as_="graph").train()
+    assert len(recorded) == num_recordings
+    batch = torch.randn(5, 4)
+    torch.manual_seed(0)
+    expected = model.train()(batch)
+    torch.manual_seed(0)
+    assert torch.equal(program(batch), expected)
+
+
 def test_a_forward_that_fails_carries_the_users_own_error() -> None:
     with pytest.raises(PlanError, match="the forward fails on the example inputs: mine") as caught:
         replayed(Lambda(lambda self, x: (_ for _ in ()).throw(ValueError("mine"))), X)
