@@ -73,7 +73,16 @@ def drawn(
     return (PruningPlan(keep), predicted) if loose else None
 
 
-Found = tuple[int, tuple[Side, ...], str] | None
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The first step that differs, the dimensions in which it does, and the sizes that a reshape asked for there."""
+
+    step: int
+    sides: tuple[Side, ...]
+    reason: str
+    asked: tuple[int, ...] = ()
+
+
 NUMBER = "a number in the forward follows the size"
 _FIXED = "the forward fixes a size here"
 # Whether a tensor must be copied before it is reshaped depends on its size.
@@ -81,17 +90,21 @@ _COPIES = frozenset(["alias", "clone", "contiguous", "detach"])
 _VIEWS = dict.fromkeys(["_unsafe_view", "_reshape_alias", "reshape"], "view")
 
 
-def compare(recording: Recording, again: Recording, labels: dict[int, Labels], predicted: Predicted) -> Found:
+def compare(recording: Recording, again: Recording, labels: dict[int, Labels], predicted: Predicted) -> Found | None:
     """The first step at which shapes, slices or numbers are not those predicted."""
     others = [op for op in again.ops if op.name not in _COPIES]
     steps = [step for step, op in enumerate(recording.ops) if op.name not in _COPIES]
     for number, step in enumerate(steps):
         op, got = recording.ops[step], others[number] if number < len(others) else None
         wanted = [predicted.shape(ref, labels[ref.index]) for ref in op.outputs]
-        if got is None or _VIEWS.get(got.name, got.name) != _VIEWS.get(op.name, op.name):
-            asked = asked_by(again) if got is None else []
-            unknown = got is None and again.failed is None and not asked
-            return step, _sides(op, asked, wanted), f"{_FIXED}: {again.error}" if unknown else _FIXED
+        if got is None or _kind(got) != _kind(op):
+            asked = _asked(op, again) if got is None else []
+            sizes = wanted[0] if wanted and len(asked) == len(wanted[0]) else ()
+            wrong = {dim: asked[dim] for dim, size in enumerate(sizes) if asked[dim] not in (-1, size)}
+            if wrong:
+                return Found(step, tuple(("out", 0, dim) for dim in wrong), _FIXED, tuple(wrong.values()))
+            said = f": {again.error}" if got is None and again.failed is None else ""
+            return Found(step, _all_sides(op), _FIXED + said)
         shapes = [ref.shape for ref in got.outputs]
         if shapes != wanted:
             sides = tuple(
@@ -100,29 +113,25 @@ def compare(recording: Recording, again: Recording, labels: dict[int, Labels], p
                 for dim in range(min(len(a), len(b)))
                 if a[dim] != b[dim]
             )
-            return step, sides, _FIXED
+            return Found(step, sides, _FIXED)
         if not _same_start(op, got, labels, predicted):
-            return step, (("in", 0, op.args["dim"] % len(op.args["self"].shape)),), _FIXED
+            return Found(step, (("in", 0, op.args["dim"] % len(op.args["self"].shape)),), _FIXED)
         if op.inside is None and _numbers(op, recording) != _numbers(got, again):
-            return step, _all_sides(op), NUMBER
+            return Found(step, _all_sides(op), NUMBER)
     return None
 
 
-def _sides(op: Op, asked: list[int], wanted: list[tuple[int, ...]]) -> tuple[Side, ...]:
-    """The dimensions that a failed reshape asked for and should not have; all of the op's, where it was another."""
-    if len(asked) == len(wanted[0]):
-        sides = tuple(("out", 0, dim) for dim, size in enumerate(asked) if size not in (-1, wanted[0][dim]))
-        if sides:
-            return sides
-    return _all_sides(op)
-
-
-def asked_by(again: Recording) -> list[int]:
-    """The sizes that a reshape asked for and could not have, if that is what stopped the pass."""
+def _asked(op: Op, again: Recording) -> list[int]:
+    """The sizes that a reshape asked for and could not have, if that is how the pass stopped at `op`."""
     if again.failed is not None:
-        return list(again.failed.args.get("size") or again.failed.args.get("shape") or ())
+        asked = again.failed.args.get("size") or again.failed.args.get("shape") or ()
+        return list(asked) if _kind(again.failed) == _kind(op) else []
     stated = re.match(r"shape '\[([-\d, ]+)\]' is invalid for input", str(again.error))  # no op of its own
-    return [int(size) for size in stated[1].split(",")] if stated else []
+    return [int(size) for size in stated[1].split(",")] if stated and _kind(op) == "view" else []
+
+
+def _kind(op: Op) -> str:
+    return _VIEWS.get(op.name, op.name)
 
 
 def _all_sides(op: Op) -> tuple[Side, ...]:
@@ -153,7 +162,9 @@ def _numbers(op: Op, recording: Recording) -> list[Any]:
     return numbers + [float(constant) for constant in constants if constant.dim() == 0 and not constant.is_meta]
 
 
-def compare_layers(recording: Recording, again: Recording, labels: dict[int, Labels], predicted: Predicted) -> Found:
+def compare_layers(
+    recording: Recording, again: Recording, labels: dict[int, Labels], predicted: Predicted
+) -> Found | None:
     """As `compare`, for ops that use parameters and dimensions that hold channels."""
     steps = [step for step, op in enumerate(recording.ops) if _uses_states(op, recording)]
     others = [op for op in again.ops if _uses_states(op, again)]
@@ -162,7 +173,7 @@ def compare_layers(recording: Recording, again: Recording, labels: dict[int, Lab
         if number >= len(others):
             if again.error is None:  # other boxes, other branches: no more to compare
                 return None
-            return step, _all_sides(op), f"{_FIXED}: {again.error}"
+            return Found(step, _all_sides(op), f"{_FIXED}: {again.error}")
         got = others[number]
         if (got.module, got.name) != (op.module, op.name):
             return None
@@ -175,12 +186,10 @@ def compare_layers(recording: Recording, again: Recording, labels: dict[int, Lab
                 if label is not None and now.shape[dim] != wanted[dim]
             )
             if sides:
-                return step, sides, _FIXED
-    return (
-        None
-        if again.error is None
-        else (len(recording.ops) - 1, _all_sides(recording.ops[-1]), f"{_FIXED}: {again.error}")
-    )
+                return Found(step, sides, _FIXED)
+    if again.error is None:
+        return None
+    return Found(len(recording.ops) - 1, _all_sides(recording.ops[-1]), f"{_FIXED}: {again.error}")
 
 
 def _uses_states(op: Op, recording: Recording) -> bool:

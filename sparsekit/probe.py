@@ -18,7 +18,7 @@ from torch import nn
 from sparsekit.channels import Channels
 from sparsekit.coupling import Coupling, Label, Labels, Mark, Place
 from sparsekit.plan import COUNT, ChannelGroup
-from sparsekit.prediction import NUMBER, Predicted, Side, asked_by, compare, compare_layers, drawn
+from sparsekit.prediction import NUMBER, Found, Predicted, Side, compare, compare_layers, drawn
 from sparsekit.record import MetaKernels, Op, Recording, record
 from sparsekit.surgery import cut
 
@@ -173,29 +173,22 @@ class Probe:
             again = record(small.train(mode), self._inputs[mode], self._kernels)
             found = (compare_layers if self._loose else compare)(recording, again, self._labels[number], predicted)
             if found is not None:
-                step, sides, reason = found
-                follows = self._followed((number, step), sides, asked_by(again), predicted)
-                if follows:
-                    reason = _FOLLOWS
-                return _Difference((number, step), recording.ops[step], sides, reason, follows)
+                follows = tuple(self._followed(number, found, predicted))
+                reason = _FOLLOWS if follows else found.reason
+                return _Difference((number, found.step), recording.ops[found.step], found.sides, reason, follows)
         return None
 
-    def _followed(
-        self, at: tuple[int, int], sides: tuple[Side, ...], asked: list[int], predicted: Predicted
-    ) -> tuple[Label, ...]:
+    def _followed(self, number: int, found: Found, predicted: Predicted) -> Iterator[Label]:
         """For each size that a failed reshape asked for and that was cut: the nearest channels that are as many."""
-        labels, ops = self._labels[at[0]], self._recordings[at[0]].ops
-        dense = ops[at[1]].outputs[0].shape
-        sizes = {(dense[dim], asked[dim]) for _, _, dim in sides if len(asked) == len(dense)}
-        found = []
-        for before, after in sizes:
-            for op in ops[at[1] :: -1] if after not in (-1, before) else ():
+        labels, ops = self._labels[number], self._recordings[number].ops
+        dense = ops[found.step].outputs[0].shape
+        for (_, _, dim), after in zip(found.sides, found.asked, strict=False):
+            for op in ops[found.step :: -1] if after != dense[dim] else ():
                 carried = [label for ref in op.tensors for label in labels.get(ref.index, ())]
-                alike = [x for x in carried if x is not None and (len(x), predicted.count(x)) == (before, after)]
+                alike = [x for x in carried if x is not None and (len(x), predicted.count(x)) == (dense[dim], after)]
                 if alike:
-                    found.append(alike[0])
+                    yield alike[0]
                     break
-        return tuple(found)
 
 
 def _at(op: Op, labels: dict[int, Labels], side: Side) -> Label | None:
