@@ -115,6 +115,11 @@ def copied(model: nn.Module) -> nn.Module:
     return _replaced(model, {})
 
 
+def fresh(model: nn.Module) -> nn.Module:
+    """A copy without what modules keep from an earlier pass; its parameters and buffers share the model's storage."""
+    return _replaced(model, dict(model.named_parameters()) | dict(model.named_buffers()))
+
+
 def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of `model` with some of its tensors replaced; a tensor that two modules share stays shared."""
     memo: dict[int, Any] = {}

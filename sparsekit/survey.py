@@ -22,7 +22,7 @@ from sparsekit.plan import ChannelGroup, PruningPlan, Slot
 from sparsekit.probe import Probe
 from sparsekit.record import MetaKernels, Recording, on_meta, record
 from sparsekit.rules import follow
-from sparsekit.surgery import copied
+from sparsekit.surgery import copied, fresh
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _record(model: nn.Module, inputs: tuple[Any, ...], kernels: MetaKernels) -> 
 
 def _without_caches(twin: nn.Module) -> nn.Module:
     """What a forward left behind would change the next one."""
-    return copied(twin) if kept_tensors(twin) else twin
+    return fresh(twin) if kept_tensors(twin) else twin
 
 
 def for_training(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sparsekit.compaction import certify, compact
 from sparsekit.graph import trace
 from sparsekit.selection import keep_top
+from sparsekit.survey import survey
 
 
 def test_tracing_many_steps_of_a_network_with_many_channels() -> None:
@@ -74,3 +75,21 @@ def test_certifying_a_deep_network_keeps_no_activation_longer_than_it_is_read() 
     with Living() as living:
         assert certify(model, plan, small, x).holds
     assert living.most < 60
+
+
+def test_a_network_that_needs_values_and_keeps_some_is_copied_once() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            self.kept = self.first(x)
+            return self.last(self.kept if bool(x.sum() > 9) else self.kept.relu())
+
+    model, x = Keeping().eval(), torch.randn(3, 2)
+    found = survey(model, (x,), renormalise=False)
+    assert not hasattr(model, "kept")
+    recorded = next(op.owner for op in found.recordings[0].ops if isinstance(op.owner, nn.Linear))
+    weight = found.twin.get_parameter("first.weight")
+    assert weight.data_ptr() == recorded.get_parameter("weight").data_ptr() != model.first.weight.data_ptr()
