@@ -61,7 +61,7 @@ class Channels:
     def positions(self, labels: Sequence[Label]) -> list[dict[int, NDArray[np.int64]]]:
         """Per label, group number -> int64 [C, k], the positions that each of the group's channels owns."""
         found: list[dict[int, NDArray[np.int64]]] = [{} for _ in labels]
-        for which, at, label in _stacked(labels):
+        for which, at, label in stacked(labels):
             owners, numbers = self.owners(label), self.group_of(label)
             row, column = np.nonzero(numbers >= 0)
             which, at = which[row], at[row]
@@ -259,7 +259,7 @@ def _signatures(
     signature = np.zeros(count + 1, dtype=np.uint64)
     signature[:-1] = random.integers(1, 2**63, size=8, dtype=np.uint64)[kinds]
     made, read = np.zeros(count + 1, dtype=bool), np.zeros(count + 1, dtype=bool)
-    for which, _, label in _stacked([*coupling.places.values()]):
+    for which, _, label in stacked([*coupling.places.values()]):
         owners = of[label].reshape(len(label), label.shape[1] * of.shape[1])
         reads = is_read[label].all(axis=1)
         marks = random.integers(1, 2**63, size=(len(coupling.places), 2, owners.shape[1]), dtype=np.uint64)
@@ -272,7 +272,7 @@ def _signatures(
     return signature[:-1], made[:-1], read[:-1]
 
 
-def _stacked(labels: Sequence[Label]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Label]]:
+def stacked(labels: Sequence[Label]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Label]]:
     """Labels of one width in one array, which is much faster than one by one; for each row its label's number and
     its position there.
     """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-_FIXED = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
-_CONTAINERS = (dict, OrderedDict, set, list)
+_FIXED = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size])
+_CONTAINERS = frozenset([dict, OrderedDict, set, list])
 _OWN = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, modules, hooks
 # Convolutions have a __setstate__ only for pickles of old versions.
 _PLAIN = (nn.Module, nn.modules.conv._ConvNd, object)
@@ -24,22 +24,37 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     while ahead:
         path, module = ahead.pop()
         found[path] = module
-        for name, child in module._modules.items():
+        for name, child in reversed(module._modules.items()):
             if child is not None:
                 ahead.append((f"{path}.{name}" if path else name, child))
+    return found
+
+
+def states_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, each tensor under its first name, as torch orders and names them."""
+    modules = modules_by_path(model)
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for kind in ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            for name, value in vars(module)[kind].items():
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    found[f"{path}.{name}" if path else name] = value
     return found
 
 
 def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """`copy.deepcopy(model, memo)`: `memo` maps the id of what is to be replaced to what replaces it."""
     modules = [module for module in dict.fromkeys(modules_by_path(model).values()) if id(module) not in memo]
-    plain = [module for module in modules if _copies_plainly(type(module))]
+    kinds = {kind for kind in set(map(type, modules)) if _copies_plainly(kind)}
+    plain = [module for module in modules if type(module) in kinds]
     for module in plain:  # first all of them, because modules refer to each other
         memo[id(module)] = type(module).__new__(type(module))
     for module in plain:
         twin = vars(memo[id(module)])
         for name, value in vars(module).items():
-            twin[name] = _copied(value, memo)
+            twin[name] = value if type(value) in _FIXED else _copied(value, memo)
     copied: nn.Module = copy.deepcopy(model, memo)  # finds it in the memo, or is a module that copies itself
     return copied
 
@@ -48,16 +63,15 @@ def kept_tensors(model: nn.Module) -> list[Tensor]:
     """Tensors that modules keep beside their parameters and buffers, in a cache or for a hook."""
     kept: list[Any] = []
     for module in modules_by_path(model).values():
-        for name, value in vars(module).items():
-            if name not in _OWN and type(value) not in _FIXED:
+        values = vars(module)
+        for name in values.keys() - _OWN:
+            if type(value := values[name]) not in _FIXED:
                 kept += [value] if isinstance(value, Tensor) else _inside(value)
     return [leaf for leaf in kept if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]
 
 
 def _inside(value: Any) -> list[Any]:
-    if not isinstance(value, dict | list | tuple) or (
-        type(value) is not dict and all(type(item) in _FIXED for item in value)
-    ):
+    if not isinstance(value, dict | list | tuple) or (type(value) is not dict and _FIXED.issuperset(map(type, value))):
         return []
     return tree_leaves(value)
 
@@ -74,7 +88,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if kind in _CONTAINERS and not value:
         return kind()
-    if (kind is tuple or kind is list) and all(type(item) in _FIXED for item in value):
+    if (kind is tuple or kind is list) and _FIXED.issuperset(map(type, value)):
         return value if kind is tuple else value.copy()
     if id(value) in memo:
         return memo[id(value)]

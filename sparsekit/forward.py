@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import is_namedtuple_instance, keystr, tree_flatten_with_path
 
+from sparsekit.copying import states_by_name
 from sparsekit.errors import TraceError
 
 
@@ -19,17 +20,18 @@ def check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
         TraceError: too few or too many, another device than the model's, another floating-point type.
     """
     _check_count(model, len(example_inputs))
-    states = [*model.parameters(), *model.buffers()]
-    devices = list(dict.fromkeys(str(tensor.device) for tensor in states))
-    dtypes = list(dict.fromkeys(_dtype(tensor) for tensor in model.parameters() if tensor.is_floating_point()))
+    states = [*states_by_name(model).values()]
+    devices = [str(device) for device in dict.fromkeys(tensor.device for tensor in states)]
+    used = dict.fromkeys(tensor.dtype for tensor in states if isinstance(tensor, nn.Parameter))
+    dtypes = [_short(dtype) for dtype in used if dtype.is_floating_point]
     for path, leaf in tree_flatten_with_path(example_inputs)[0]:
         if not isinstance(leaf, Tensor):
             continue
         where = "example input " + keystr(path).removeprefix("[").replace("]", "", 1)
         if devices and str(leaf.device) not in devices:
             raise TraceError(f"{where} is on {leaf.device}, the model on {' and '.join(devices)}")
-        if dtypes and leaf.is_floating_point() and _dtype(leaf) not in dtypes:
-            raise TraceError(f"{where} is {_dtype(leaf)}, the model's parameters {' and '.join(dtypes)}")
+        if dtypes and leaf.is_floating_point() and _short(leaf.dtype) not in dtypes:
+            raise TraceError(f"{where} is {_short(leaf.dtype)}, the model's parameters {' and '.join(dtypes)}")
 
 
 def _check_count(model: nn.Module, num_given: int) -> None:
@@ -47,8 +49,8 @@ def _check_count(model: nn.Module, num_given: int) -> None:
         raise TraceError(f"forward takes {count} inputs ({names}), got {num_given}") from None
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def plain(value: Any, opened: frozenset[int] = frozenset()) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import nn
 
-from sparsekit.channels import Channels
+from sparsekit.channels import Channels, stacked
+from sparsekit.copying import states_by_name
 from sparsekit.coupling import Coupling, Label, Product
 from sparsekit.garbage import paused_collection
 from sparsekit.layers import Layer
@@ -116,12 +118,15 @@ def _batch_size(inputs: tuple[Any, ...]) -> int:
 def _graph(model: nn.Module, found: Survey, batch_size: int, *, on_request: bool) -> ChannelGraph:
     coupling, channels, groups, calls = found.coupling, found.channels, found.groups, found.calls
     evaluated = found.recordings[0]
-    sizes = _Sizes(channels, groups)
+    numels = [
+        _numel(name, evaluated.states[name], coupling)
+        for name, state in states_by_name(found.twin).items()
+        if isinstance(state, nn.Parameter)
+    ]
+    sizes = _Sizes(channels, groups, [*calls, *found.passes, *numels])
     macs = tuple(sizes.term(call, batch_size) for call in calls)
     passes = tuple(sizes.term(product, batch_size) for product in found.passes)
-    params = tuple(
-        sizes.term(_numel(name, evaluated.states[name], coupling), 1) for name, _ in found.twin.named_parameters()
-    )
+    params = tuple(sizes.term(numel, 1) for numel in numels)
     uncounted = {op.name for op in evaluated.ops if op.name not in RULES and op.tensors}
     refusals = _refusals(coupling, channels, calls, on_request=on_request)
     return ChannelGraph(model, tuple(groups.values()), refusals, macs, params, tuple(sorted(uncounted)), passes)
@@ -135,13 +140,27 @@ def _numel(name: str, ref: Ref, coupling: Coupling) -> Product:
 class _Sizes:
     """Turns products of labels into products of sizes that follow the channel counts."""
 
-    def __init__(self, channels: Channels, groups: dict[int, ChannelGroup]) -> None:
-        self._channels = channels
-        self._position = np.full(len(channels.group) + 1, -1, dtype=np.int64)
-        for position, number in enumerate(groups):
-            self._position[number] = position
-        self._counts = [group.size for group in groups.values()]
-        self._known: dict[int, Size] = {}
+    def __init__(self, channels: Channels, groups: dict[int, ChannelGroup], products: list[Product]) -> None:
+        self._sizes: dict[int, Size] = {}  # by the id of a label, which many products share
+        position = np.full(len(channels.group) + 1, -1, dtype=np.int64)
+        position[list(groups)] = np.arange(len(groups))
+        counts = [float(group.size) for group in groups.values()]
+        distinct = {id(dim): dim for product in products for dim in product.dims if not isinstance(dim, int)}
+        labels = list(distinct.values())
+        for which, _, label in stacked(labels):
+            numbers = np.sort(position[channels.group_of(label)], axis=1)
+            # One number for each row is much faster to sort than rows.
+            keys = (numbers + 1) @ (len(counts) + 1) ** np.arange(numbers.shape[1])
+            order = np.lexsort((keys, which))
+            new = (np.diff(which[order], prepend=-1) != 0) | (np.diff(keys[order], prepend=-1) != 0)
+            starts = np.flatnonzero(new)
+            first, amounts = order[starts], np.diff(starts, append=len(order))
+            for label_number, row, amount in zip(
+                which[first].tolist(), numbers[first].tolist(), amounts.tolist(), strict=True
+            ):
+                owners = tuple(number for number in row if number >= 0)
+                size = self._sizes.setdefault(id(labels[label_number]), {})
+                size[owners] = size.get(owners, 0.0) + amount / math.prod(counts[number] for number in owners)
 
     def term(self, product: Product, num_examples: int) -> CostTerm:
         """Per example."""
@@ -149,21 +168,7 @@ class _Sizes:
         return CostTerm(product.name, product.scale / num_examples, tuple(map(self._size, product.dims)), layer)
 
     def _size(self, label: Label | int) -> Size:
-        if isinstance(label, int):
-            return {(): float(label)}
-        size = self._known.get(id(label))
-        if size is None:
-            numbers = np.sort(self._position[self._channels.group_of(label)], axis=1)
-            # One number for each row is much faster to sort than rows.
-            keys = (numbers + 1) @ (len(self._counts) + 1) ** np.arange(numbers.shape[1])
-            _, first, counts = np.unique(keys, return_index=True, return_counts=True)
-            size = {}
-            for row, count in zip(numbers[first].tolist(), counts.tolist(), strict=True):
-                owners = tuple(number for number in row if number >= 0)
-                per_channel = count / float(np.prod([self._counts[number] for number in owners]))
-                size[owners] = size.get(owners, 0.0) + per_channel
-            self._known[id(label)] = size
-        return size
+        return {(): float(label)} if isinstance(label, int) else self._sizes[id(label)]
 
 
 def _refusals(

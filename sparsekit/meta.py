@@ -1,7 +1,7 @@
 """A network without storage, and its ops run on shapes alone: what `record` needs of a forward pass, fast.
 
-Torch works out the shapes of many ops in Python, a millisecond for each normalisation. Five formulas and a memory
-of what was asked before give the same answers in a tenth of the time.
+Torch works out the shapes of many ops in Python, up to a millisecond for each. Formulas, and a memory of what was
+asked before, give the same answers in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from sparsekit.copying import copy_module, kept_tensors
+from sparsekit.copying import copy_module, kept_tensors, states_by_name
+from sparsekit.formulas import META, is_dense, like, worked_out
 
-_ATEN = torch.ops.aten
 _UNTAGGED = ("aten::hardswish", "aten::hardswish_", "aten::mish", "aten::mish_")
 _AS_IT_IS = (None, torch.preserve_format)
 Template = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -35,7 +35,7 @@ def on_cpu(model: nn.Module) -> nn.Module:
 def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     with torch.inference_mode(False):
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in states_by_name(model).values():
             twin = convert(tensor)
             memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
         for tensor in kept_tensors(model):  # constants; or made by a hook, and no leaf
@@ -60,22 +60,24 @@ class MetaKernels:
             return func(*args, **kwargs)
         if kind == "in place":  # neither the shape nor the dtype changes, or torch refuses
             if key not in self._known:
-                func(*args, **kwargs)
+                made = worked_out(func, args, kwargs)
+                if made is None or made.shape != args[0].shape:
+                    func(*args, **kwargs)
                 self._known[key] = None
             return args[0]
         known = self._known.get(key)
         if known is None:
-            result = _formula(func, args)
+            result = worked_out(func, args, kwargs)
             if result is None:
                 result = func(*args, **kwargs)
             if isinstance(result, tuple):
                 self._known[key] = [_template(x) for x in result]
-            elif result.device.type == "meta":  # not zeros_like(x, device="cpu")
+            elif result.is_meta:  # not zeros_like(x, device="cpu")
                 self._known[key] = _template(result)
             return result
         if isinstance(known, list):
             return tuple(map(_empty, known))
-        return _like(args[0], known[2]) if alike else _empty(known)
+        return like(args[0], known[2]) if alike else _empty(known)
 
 
 @cache
@@ -103,23 +105,7 @@ def _one_layout(args: tuple[Any, ...]) -> bool:
     rest = [value for value in args[1:] if isinstance(value, Tensor)]
     if first.is_contiguous():
         return all(value.shape == first.shape and value.is_contiguous() for value in rest)
-    return _is_dense(first) and all((value.shape, value.stride()) == (first.shape, first.stride()) for value in rest)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill a piece of memory without gaps, each once."""
-    filled = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != filled:
-                return False
-            filled *= size
-    return True
-
-
-def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `empty_like` makes of a dense tensor, for which torch goes through Python."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+    return is_dense(first) and all((value.shape, value.stride()) == (first.shape, first.stride()) for value in rest)
 
 
 def _key(values: tuple[Any, ...], *, shapes: bool = True) -> Any:
@@ -127,9 +113,11 @@ def _key(values: tuple[Any, ...], *, shapes: bool = True) -> Any:
     parts: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):
-            if value.device.type != "meta" or value.layout is not torch.strided:
+            if not value.is_meta or value.layout is not torch.strided:
                 return None
             parts.append((value.shape, value.stride(), value.dtype) if shapes else value.dtype)
+        elif type(value) is list and value and type(value[0]) is int:
+            parts.append(tuple(value))
         elif isinstance(value, list | tuple):
             inner = _key(tuple(value))
             if inner is None:
@@ -146,43 +134,4 @@ def _template(tensor: Tensor) -> Template:
 
 def _empty(template: Template) -> Tensor:
     size, stride, dtype = template
-    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
-
-
-def _formula(func: OpOverload, args: tuple[Any, ...]) -> Any:
-    """Normalisations, softmax, addmm and cat of tensors that fit; None leaves it to torch, errors included."""
-    if func is _ATEN.addmm.default:
-        bias, left, right = args
-        fits = bias.shape == right.shape[1:] and left.shape[1] == right.shape[0]
-        return bias.new_empty(left.shape[0], right.shape[1]) if fits and _alike(args) else None
-    if func is _ATEN.native_batch_norm.default:
-        x, states = args[0], [state for state in args[1:5] if state is not None]
-        if not (x.is_contiguous() and _alike([x, *states]) and all(state.shape == x.shape[1:2] for state in states)):
-            return None
-        return _like(x, x.dtype), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-    if func is _ATEN.native_layer_norm.default:
-        x, shape, states = args[0], tuple(args[1]), [state for state in args[2:4] if state is not None]
-        if not _alike([x, *states]) or any(
-            tail != shape for tail in (x.shape[-len(shape) :], *(state.shape for state in states))
-        ):
-            return None
-        statistics = [*x.shape[: -len(shape)], *[1] * len(shape)]
-        return x.new_empty(x.shape), x.new_empty(statistics), x.new_empty(statistics)
-    if func is _ATEN._safe_softmax.default or func is _ATEN._softmax.default:
-        x, _, *cast = args
-        return _like(x, x.dtype) if x.is_contiguous() and not any(cast) else None
-    return _joined(*args) if func is _ATEN.cat.default else None
-
-
-def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
-    first = tensors[0].shape
-    if not (0 <= dim < len(first) and _alike(tensors) and all(tensor.is_contiguous() for tensor in tensors)):
-        return None
-    if any(tensor.shape[:dim] != first[:dim] or tensor.shape[dim + 1 :] != first[dim + 1 :] for tensor in tensors):
-        return None
-    return tensors[0].new_empty([*first[:dim], sum(tensor.shape[dim] for tensor in tensors), *first[dim + 1 :]])
-
-
-def _alike(tensors: Any) -> bool:
-    """Of one dtype that is accumulated in itself."""
-    return {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
+    return torch.empty_strided(size, stride, dtype=dtype, device=META)

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sparsekit.copying import states_by_name
 from sparsekit.errors import TraceError
 from sparsekit.forward import check_inputs as check_inputs
 from sparsekit.forward import plain
@@ -24,6 +25,7 @@ from sparsekit.meta import MetaKernels as MetaKernels
 from sparsekit.meta import on_meta as on_meta
 from sparsekit.whereabouts import Frames, running_modules
 
+_PLAIN = frozenset([int, float, bool, type(None)])
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _ONE_AT_A_TIME = threading.RLock()  # module hooks and the attention kernel are torch's globals
 
@@ -129,12 +131,12 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...], kernels: MetaKerne
     parameters. Nothing can be differentiated: what backward would need is not kept. `kernels` that recorded networks
     like this one are faster.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    device = named[0][1].device if named else torch.device("cpu")
+    named = states_by_name(model)
+    device = next((tensor.device for tensor in named.values()), torch.device("cpu"))
     with _ONE_AT_A_TIME, _plain_torch(), running_modules(model) as stack:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), example_inputs)
         recorder = _Recorder(stack, kernels or MetaKernels())
-        states = {name: recorder.state(tensor) for name, tensor in named}
+        states = {name: recorder.state(tensor) for name, tensor in named.items()}
         given = tuple(recorder.made(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         returned: Any = None
         outputs: tuple[Ref, ...] = ()
@@ -163,11 +165,16 @@ class _Recorder(TorchDispatchMode):
         # An id is an identity only while its tensor lives.
         self._refs: dict[int, tuple[Ref, weakref.ref[Tensor]]] = {}
         self._states: dict[tuple[Any, ...], Ref] = {}  # by storage: `.data` is another object
+        self._on_meta: list[Tensor] = []  # states whose storage was not asked for
         self._frames = Frames()
 
     def state(self, tensor: Tensor) -> Ref:
         """A parameter or buffer."""
-        return self._states.setdefault(_storage(tensor), self.made(tensor))
+        ref = self.made(tensor)
+        if tensor.is_meta:  # no two share theirs, and few are ever asked for it
+            self._on_meta.append(tensor)
+            return ref
+        return self._states.setdefault(_storage(tensor), ref)
 
     def made(self, tensor: Tensor) -> Ref:
         """A tensor that an op returned, or the user gave."""
@@ -188,6 +195,9 @@ class _Recorder(TorchDispatchMode):
         known = self._known(tensor)
         if known is not None:
             return known
+        while self._on_meta:
+            state = self._on_meta.pop()
+            self._states[_storage(state)] = self.made(state)
         known = self._states.get(_storage(tensor))
         if known is None:
             known = self.made(tensor)
@@ -229,7 +239,7 @@ class _Recorder(TorchDispatchMode):
         _, names, defaults = _signature(func)
         bound = dict(defaults)
         for name, value in zip(names, args, strict=False):
-            bound[name] = self._argument(value)
+            bound[name] = value if type(value) in _PLAIN else self._argument(value)
         if kwargs:
             for name, value in kwargs.items():
                 bound[name] = self._argument(value)
@@ -239,7 +249,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             return self.read(value)
         if type(value) is list or type(value) is tuple:
-            return [self._argument(item) for item in value]
+            return [item if type(item) in _PLAIN else self._argument(item) for item in value]
         return value
 
     @contextmanager

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparsekit.baking import bake, is_computed
-from sparsekit.copying import copy_module, kept_tensors, modules_by_path
+from sparsekit.copying import copy_module, kept_tensors, modules_by_path, states_by_name
 from sparsekit.errors import PlanError
 from sparsekit.plan import COUNT, ChannelGroup, PruningPlan, Slot
 
@@ -62,7 +62,7 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
         tensor = edited[name] if name in edited else value_of(name).detach()
         stay = np.ones(tensor.shape[dim], dtype=bool)
         stay[np.concatenate(positions)] = False
-        edited[name] = tensor.index_select(dim, torch.from_numpy(stay.nonzero()[0]).to(tensor.device))
+        edited[name] = _selected(tensor, dim, stay.nonzero()[0])
     small = _replaced(model, edited)
     modules = modules_by_path(small)
     for name, count in counts.items():
@@ -71,6 +71,13 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for path in {name.rpartition(".")[0] for name, _ in gone}:
         _sync_sizes(modules[path])
     return small
+
+
+def _selected(tensor: Tensor, dim: int, positions: NDArray[np.int64]) -> Tensor:
+    if tensor.is_meta:  # a quarter of the time
+        shape = (*tensor.shape[:dim], len(positions), *tensor.shape[dim + 1 :])
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
 
 
 def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -87,7 +94,7 @@ def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def _edited(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
     """Copies of the tensors that the plan replaces, zeroes or folds, with that done."""
-    states = dict(model.named_parameters()) | dict(model.named_buffers())
+    states = states_by_name(model)
     edited: dict[str, Tensor] = {}
     for kind, values in (("weights", plan.weights), ("nonzero", plan.nonzero)):
         for name, value in values.items():
@@ -117,7 +124,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 def fresh(model: nn.Module) -> nn.Module:
     """A copy without what modules keep from an earlier pass; its parameters and buffers share the model's storage."""
-    return _replaced(model, dict(model.named_parameters()) | dict(model.named_buffers()))
+    return _replaced(model, states_by_name(model))
 
 
 def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
