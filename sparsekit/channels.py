@@ -61,8 +61,8 @@ class Channels:
     def positions(self, labels: Sequence[Label]) -> list[dict[int, NDArray[np.int64]]]:
         """Per label, group number -> int64 [C, k], the positions that each of the group's channels owns."""
         found: list[dict[int, NDArray[np.int64]]] = [{} for _ in labels]
-        for which, at, label in stacked(labels):
-            owners, numbers = self.owners(label), self.group_of(label)
+        for which, at, _, owners in owned(labels, self.of):
+            numbers = self._padded_group[owners]
             row, column = np.nonzero(numbers >= 0)
             which, at = which[row], at[row]
             number, rank = numbers[row, column], self.rank[owners[row, column]]
@@ -97,12 +97,34 @@ class Channels:
         return np.append(self.group, _NONE)  # owner -1 reads the last entry
 
 
-def connect(coupling: Coupling, *, renormalise: bool = False) -> Channels:
-    """The channels of a coupling; those that are normalised together may go only with `renormalise`."""
+@dataclass(frozen=True, eq=False)
+class Components:
+    """What a coupling's edges and products connect, which no mark changes.
+
+    Attributes:
+        of: int64 [num_atoms, f], the channels that own each atom, -1 where there are fewer than f.
+        product, tangled: bool [num_components], see `connect` and `Channels`.
+    """
+
+    of: NDArray[np.int64]
+    product: NDArray[np.bool_]
+    tangled: NDArray[np.bool_]
+
+
+def components(coupling: Coupling) -> Components:
+    """Its connected components and what is a product of others."""
     component, factors = _components(coupling)
     leaves, tangled = _leaves(factors)
     of = leaves[component]
-    count = len(factors)
+    owners = np.zeros(len(factors) + 1, dtype=bool)
+    owners[of[tangled[component]]] = True
+    return Components(of, factors[:, 0] >= 0, owners[:-1] | tangled)
+
+
+def connect(coupling: Coupling, components: Components, *, renormalise: bool) -> Channels:
+    """The channels of a coupling; those that are normalised together may go only with `renormalise`."""
+    of, tangled = components.of, components.tangled
+    count = len(tangled)
 
     def those(marked: list[Label]) -> NDArray[np.bool_]:
         hit = np.zeros(count + 1, dtype=bool)
@@ -122,13 +144,12 @@ def connect(coupling: Coupling, *, renormalise: bool = False) -> Channels:
     inexact = those([mark.atoms for mark in coupling.renormalised]) | (silent & divisors)
     silent &= ~divisors
     fixed = those([mark.atoms for mark in coupling.fixed])
-    tangled = those([np.flatnonzero(tangled[component])[:, None]]) | tangled
     free = ~those([mark.atoms for mark in coupling.frozen]) & ~tangled
     if not renormalise:
         free &= ~inexact
     signature, made, read = _signatures(coupling, of, count, silent * 4 + inexact * 2 + fixed)
     free &= made & (read | silent | inexact)
-    free &= factors[:, 0] < 0  # a product is no channel
+    free &= ~components.product  # a product is no channel
     group = np.full(count, _NONE, dtype=np.int64)
     rank = np.zeros(count, dtype=np.int64)
     _, members, sizes = np.unique(signature[free], return_inverse=True, return_counts=True)
@@ -259,25 +280,41 @@ def _signatures(
     signature = np.zeros(count + 1, dtype=np.uint64)
     signature[:-1] = random.integers(1, 2**63, size=8, dtype=np.uint64)[kinds]
     made, read = np.zeros(count + 1, dtype=bool), np.zeros(count + 1, dtype=bool)
-    for which, _, label in stacked([*coupling.places.values()]):
-        owners = of[label].reshape(len(label), label.shape[1] * of.shape[1])
-        reads = is_read[label].all(axis=1)
-        marks = random.integers(1, 2**63, size=(len(coupling.places), 2, owners.shape[1]), dtype=np.uint64)
-        partners = identity[owners]
-        beside = partners.sum(axis=1, keepdims=True) - partners
-        amounts = marks[which, reads.astype(np.int64)] * (beside * 2 + 1)
+    for which, _, rows, owners in owned([*coupling.places.values()], of):
+        reads = is_read[rows].all(axis=1)
+        marks = random.integers(1, 2**63, size=(len(coupling.places) * 2, owners.shape[1]), dtype=np.uint64)
+        amounts = marks[which * 2 + reads]
+        if owners.shape[1] > 1:
+            partners = identity[owners]
+            amounts *= (partners.sum(axis=1, keepdims=True) - partners) * 2 + 1
         np.add.at(signature, owners.ravel(), amounts.ravel())  # flat, it is seven times faster
         read[owners[reads]] = True
         made[owners[~reads]] = True
     return signature[:-1], made[:-1], read[:-1]
 
 
-def stacked(labels: Sequence[Label]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Label]]:
-    """Labels of one width in one array, which is much faster than one by one; for each row its label's number and
-    its position there.
+def owned(
+    labels: Sequence[Label], of: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Label, NDArray[np.int64]]]:
+    """The positions of many labels at once, which is much faster than label by label.
+
+    For each position its label's number, its place there, its atoms, and their owners in `of`, int64 [n, k], -1 where
+    there are fewer. All positions of a label come together and in order; labels whose positions have one owner each
+    come with k = 1.
     """
     for width in sorted({label.shape[1] for label in labels}):
-        numbers = [number for number, label in enumerate(labels) if label.shape[1] == width]
-        sizes = [len(labels[number]) for number in numbers]
-        positions = np.concatenate([np.arange(size) for size in sizes])
-        yield np.repeat(numbers, sizes), positions, np.concatenate([labels[number] for number in numbers])
+        numbers = np.array([number for number, label in enumerate(labels) if label.shape[1] == width])
+        sizes = np.array([len(labels[number]) for number in numbers])
+        rows = np.concatenate([labels[number] for number in numbers])
+        which = np.repeat(numbers, sizes)
+        at = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        if width * of.shape[1] == 1:
+            yield which, at, rows, of[rows[:, 0]]
+            continue
+        several = np.full(len(labels), width > 1)
+        if width == 1:
+            several[which[of[rows[:, 0], 1] >= 0]] = True
+        for columns, those in ((of[:, :1], ~several[which]), (of, several[which])):
+            if those.any():
+                owners = columns[rows[those]]
+                yield which[those], at[those], rows[those], owners.reshape(len(owners), width * columns.shape[1])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import nn
 
-from sparsekit.channels import Channels, stacked
+from sparsekit.channels import Channels, owned
 from sparsekit.copying import states_by_name
 from sparsekit.coupling import Coupling, Label, Product
 from sparsekit.garbage import paused_collection
@@ -142,13 +142,14 @@ class _Sizes:
 
     def __init__(self, channels: Channels, groups: dict[int, ChannelGroup], products: list[Product]) -> None:
         self._sizes: dict[int, Size] = {}  # by the id of a label, which many products share
-        position = np.full(len(channels.group) + 1, -1, dtype=np.int64)
-        position[list(groups)] = np.arange(len(groups))
+        by_number = np.full(len(channels.group) + 1, -1, dtype=np.int64)
+        by_number[list(groups)] = np.arange(len(groups))
+        position = by_number[np.append(channels.group, -1)]  # owner -1 reads the last entry
         counts = [float(group.size) for group in groups.values()]
         distinct = {id(dim): dim for product in products for dim in product.dims if not isinstance(dim, int)}
         labels = list(distinct.values())
-        for which, _, label in stacked(labels):
-            numbers = np.sort(position[channels.group_of(label)], axis=1)
+        for which, _, _, owners in owned(labels, channels.of):
+            numbers = np.sort(position[owners], axis=1)
             # One number for each row is much faster to sort than rows.
             keys = (numbers + 1) @ (len(counts) + 1) ** np.arange(numbers.shape[1])
             order = np.lexsort((keys, which))
@@ -158,9 +159,9 @@ class _Sizes:
             for label_number, row, amount in zip(
                 which[first].tolist(), numbers[first].tolist(), amounts.tolist(), strict=True
             ):
-                owners = tuple(number for number in row if number >= 0)
+                key = tuple(number for number in row if number >= 0)
                 size = self._sizes.setdefault(id(labels[label_number]), {})
-                size[owners] = size.get(owners, 0.0) + amount / math.prod(counts[number] for number in owners)
+                size[key] = size.get(key, 0.0) + amount / math.prod(counts[number] for number in key)
 
     def term(self, product: Product, num_examples: int) -> CostTerm:
         """Per example."""

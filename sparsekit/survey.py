@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sparsekit.baking import bake_all
-from sparsekit.channels import Channels, connect
+from sparsekit.channels import Channels, components, connect
 from sparsekit.copying import kept_tensors
 from sparsekit.coupling import Coupling, Labels, Mark, Product
 from sparsekit.errors import PlanError, TraceError
@@ -61,8 +61,9 @@ def survey(model: nn.Module, inputs: tuple[Any, ...], *, renormalise: bool) -> S
     calls, passes = tuple(coupling.macs), tuple(coupling.passes)
     labels += [follow(recording, coupling) for recording in recordings[1:]]
     probe = Probe(twin, (inputs, for_training(inputs)), recordings, labels, kernels)
+    connected = components(coupling)
     while True:
-        channels = connect(coupling, renormalise=renormalise)
+        channels = connect(coupling, connected, renormalise=renormalise)
         groups = _groups(coupling, channels, recordings)
         if probe.agrees(groups, channels, coupling):
             return Survey(twin, recordings, coupling, calls, passes, channels, groups)
@@ -82,7 +83,7 @@ def living(
         PlanError: the plan has a group that this model does not.
     """
     labels = [follow(recording, coupling) for recording in recordings]
-    channels = connect(coupling, renormalise=True)
+    channels = connect(coupling, components(coupling), renormalise=True)
     found: dict[tuple[str, int, bytes], int] = {}
     for number, group in _groups(coupling, channels, recordings).items():
         found |= {_key(slot): number for slot in group.slots}

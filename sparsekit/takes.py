@@ -62,10 +62,10 @@ def takes_of(model: nn.Module, inputs: tuple[Any, ...], evaluated: list[Take] | 
     both = taken(second_size, other)
     if _alike(first, both):
         return [first, both]
-    if first.size == 1:  # one example may take shorter ways, then two say what every number of them does
-        second, third = taken(2, dtype), taken(3, other)
-        if _alike(second, third) and _grow(first, second, third):
-            return [second, third]
+    if first.size == 1:  # one example may take shorter ways, then two and three say what every number of them does
+        third = taken(3, dtype)
+        if _alike(third, both) and _grow(first, both, third):
+            return [third, both]
     one_by_one = [taken(size, other), *([taken(size + 1, dtype)] if size else [])]
     return [first, *(take for take in one_by_one if take.recording.error is None)]
 
