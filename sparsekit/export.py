@@ -8,31 +8,27 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from sparsekit.acceleration import densify
 from sparsekit.errors import ExportError
+from sparsekit.onnx_network import OnnxNetwork
 
 # A protobuf message holds 2 GiB, 16 MiB of it left for the graph; weights in a side file get lost.
 MAX_WEIGHT_BYTES = 2**31 - 2**24
 # Batch 1 was specialised by older torch versions, batch 2 never.
 TRACE_BATCH = 2
 CHECKED_BATCHES = (1, 3)
-
-_LOAD_ERRORS = (OSError, ort.Fail, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented)
-_RUN_ERRORS = (ort.Fail, ort.InvalidArgument, ort.RuntimeException)
 
 
 @dataclass(frozen=True)
@@ -239,11 +235,11 @@ def _foldable_batch_norms(graph: onnx.GraphProto) -> list[str]:
 
 def _verify(file: Path, network: nn.Module, inputs: Sequence[Tensor], tolerance: float, path: Path) -> OnnxFile:
     """Run `file` beside `network`; `path` is the name that errors carry."""
-    run_file = _load(file, path)
+    written = OnnxNetwork(file, name=path)
     errors = []
     for batch_size in CHECKED_BATCHES:
         drawn, redrawn = (_random_inputs(inputs, batch_size, seed) for seed in (1, 2))
-        expected, actual, other = _run_eager(network, drawn), run_file(drawn), _run_eager(network, redrawn)
+        expected, actual, other = _run_eager(network, drawn), written.run(*drawn), _run_eager(network, redrawn)
         shapes, wanted = [tuple(x.shape) for x in actual], [tuple(x.shape) for x in expected]
         if shapes != wanted or not wanted:
             raise ExportError(f"{path}: outputs at batch {batch_size} are {shapes}, the network's {wanted}")
@@ -288,26 +284,3 @@ def _output_error(expected: Tensor, actual: Tensor, other: Tensor, tolerance: fl
 def _run_eager(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     with torch.no_grad():
         return [x for x in pytree.tree_leaves(network(*inputs)) if isinstance(x, Tensor)]
-
-
-def _load(file: Path, path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """A function that runs `file` in ONNX Runtime on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised, once is enough
-    try:
-        session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except _LOAD_ERRORS as error:
-        raise ExportError(f"{path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
-    names = [value.name for value in session.get_inputs()]
-
-    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        if len(names) != len(inputs):
-            raise ExportError(f"{path}: has {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
-        feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-        try:
-            return [torch.from_numpy(x) for x in session.run(None, feeds)]
-        except _RUN_ERRORS as error:
-            raise ExportError(f"{path}: ONNX Runtime cannot run it: {_first_line(error)}") from error
-
-    return run
