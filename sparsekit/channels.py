@@ -166,7 +166,7 @@ def _components(coupling: Coupling) -> tuple[NDArray[np.int64], NDArray[np.int64
     A component that is a product in two ways has the factors of both united, column by column.
     """
     size = coupling.num_atoms
-    edges = [np.stack([a, b]) for a, b in coupling.edges]
+    edges = [np.stack([np.concatenate(ends) for ends in zip(*coupling.edges, strict=True)])] if coupling.edges else []
     width = max((factored.rows.shape[1] for factored in coupling.factored), default=1)
     products = [
         np.pad(

@@ -54,7 +54,8 @@ def drawn(
     """
     rng = np.random.default_rng(0)
     loose = {number: group for number, group in groups.items() if not group.fixed_by}
-    labels = [label for label in places if (channels.owners(label[:1]) >= 0).sum() > 1]
+    packed = (label for label in places if label.shape[1] * channels.of.shape[1] > 1)
+    labels = [label for label in packed if (channels.owners(label[:1]) >= 0).sum() > 1]
     for _ in range(_MAX_DRAWS):
         left: dict[int, list[int]] = {}
         keep = {}
@@ -156,8 +157,12 @@ def _same_start(op: Op, got: Op, labels: dict[int, Labels], predicted: Predicted
 def _numbers(op: Op, recording: Recording) -> list[Any]:
     """The numbers that decide values, not sizes; also where they come as tensors."""
     kinds = (int, float) if op.name in ELEMENTWISE else (float,)
-    given = [item for value in op.args.values() for item in (value if type(value) is list else (value,))]
-    numbers = [value for value in given if isinstance(value, kinds)]
+    numbers = []
+    for value in op.args.values():
+        if type(value) is list:
+            numbers += [item for item in value if isinstance(item, kinds)]
+        elif isinstance(value, kinds):
+            numbers.append(value)
     constants = [recording.constants[ref.index] for ref in op.tensors if ref.index in recording.constants]
     return numbers + [float(constant) for constant in constants if constant.dim() == 0 and not constant.is_meta]
 

@@ -61,7 +61,7 @@ class Probe:
         self._labels = labels
         self._kernels = kernels
         # Real values decide how many boxes there are: then only layers are compared.
-        self._loose = any(not parameter.is_meta for parameter in twin.parameters())
+        self._loose = next((not parameter.is_meta for parameter in twin.parameters()), False)
         self._trials: Iterator[Combination] = iter(())
         self._trial_places: list[Place] = []
         self._trial_of: _Difference | None = None
@@ -170,7 +170,7 @@ class Probe:
         plan, predicted = draw
         small = cut(self._twin, plan)
         for number, (recording, mode) in enumerate(zip(self._recordings, (False, True), strict=False)):
-            again = record(small.train(mode), self._inputs[mode], self._kernels)
+            again = record(small.train() if mode else small, self._inputs[mode], self._kernels)
             found = (compare_layers if self._loose else compare)(recording, again, self._labels[number], predicted)
             if found is not None:
                 follows = tuple(self._followed(number, found, predicted))

@@ -192,8 +192,7 @@ class _Recorder(TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> Ref:
         """A tensor that an op reads."""
-        known = self._known(tensor)
-        if known is not None:
+        if (known := self._known(tensor)) is not None:
             return known
         while self._on_meta:
             state = self._on_meta.pop()
@@ -247,9 +246,11 @@ class _Recorder(TorchDispatchMode):
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.read(value)
+            return self._known(value) or self.read(value)
         if type(value) is list or type(value) is tuple:
-            return [item if type(item) in _PLAIN else self._argument(item) for item in value]
+            if _PLAIN.issuperset(map(type, value)):
+                return [*value]
+            return [self._argument(item) for item in value]
         return value
 
     @contextmanager

@@ -46,7 +46,7 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises:
         PlanError: the plan names a tensor, dimension or position the model does not have.
     """
-    model = plain(model, plan)
+    given, model = model, plain(model, plan)
     edited = _edited(model, plan)
     gone: dict[tuple[str, int], list[NDArray[np.int64]]] = {}  # numpy: a fifth of the time, on so little
     for group, keep in plan.keep.items():
@@ -63,7 +63,7 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
         stay = np.ones(tensor.shape[dim], dtype=bool)
         stay[np.concatenate(positions)] = False
         edited[name] = _selected(tensor, dim, stay.nonzero()[0])
-    small = _replaced(model, edited)
+    small = _replaced(model, edited, keeps=model is not given)
     modules = modules_by_path(small)
     for name, count in counts.items():
         path, _, leaf = name.rpartition(".")
@@ -94,7 +94,7 @@ def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def _edited(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
     """Copies of the tensors that the plan replaces, zeroes or folds, with that done."""
-    states = states_by_name(model)
+    states = states_by_name(model) if plan.weights or plan.nonzero else {}
     edited: dict[str, Tensor] = {}
     for kind, values in (("weights", plan.weights), ("nonzero", plan.nonzero)):
         for name, value in values.items():
@@ -127,15 +127,18 @@ def fresh(model: nn.Module) -> nn.Module:
     return _replaced(model, states_by_name(model))
 
 
-def _replaced(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy of `model` with some of its tensors replaced; a tensor that two modules share stays shared."""
+def _replaced(model: nn.Module, values: Mapping[str, Tensor], *, keeps: bool = True) -> nn.Module:
+    """A deep copy of `model` with some of its tensors replaced; a tensor that two modules share stays shared.
+
+    `keeps` says that its modules may hold other tensors.
+    """
     memo: dict[int, Any] = {}
     value_of = _values(model)
     for name, value in values.items():
         old = value_of(name)
         new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         memo[id(old)] = new
-    kept = kept_tensors(model)
+    kept = kept_tensors(model) if keeps else []
     # Torch refuses to copy what is no leaf.
     memo |= {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
     small = copy_module(model, memo)

@@ -21,7 +21,7 @@ def _names(names: str) -> list[str]:
     return names.split()
 
 
-ELEMENTWISE = _names("""
+_OF_ELEMENTS = _names("""
     abs add addcmul addcdiv atan atan2 bernoulli bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min copy
     cos div dropout elu eq erf erfc exp expm1 fill floor fmod ge gelu gt hardsigmoid hardswish hardtanh isinf isnan
     le leaky_relu lerp log log10 log1p log2 log_sigmoid_forward logical_and logical_not logical_or logit lt masked_fill
@@ -29,7 +29,7 @@ ELEMENTWISE = _names("""
     rrelu_with_noise rsqrt rsub selu sigmoid sign silu sin softplus softshrink sqrt square sub tan tanh threshold trunc
     uniform where zero _prelu_kernel
 """)
-ELEMENTWISE += [f"{name}_" for name in ELEMENTWISE]
+ELEMENTWISE = frozenset([*_OF_ELEMENTS, *(f"{name}_" for name in _OF_ELEMENTS)])
 _PER_CHANNEL = _names("""
     _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d
     avg_pool2d avg_pool3d max_pool2d max_pool2d_with_indices max_pool3d_with_indices reflection_pad1d reflection_pad2d
@@ -54,9 +54,7 @@ _ATTENTION = _names("""
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, pointwise.elementwise),
     **dict.fromkeys(_PER_CHANNEL, pointwise.per_channel),
-    **dict.fromkeys(
-        _names("grid_sampler_2d grid_sampler_3d torchvision::roi_align torchvision::roi_pool"), pointwise.sampled
-    ),
+    **dict.fromkeys(_SAMPLERS, pointwise.sampled),
     **dict.fromkeys(_SAME, pointwise.same),
     **dict.fromkeys(_names("empty full new_empty new_full new_ones new_zeros ones zeros"), pointwise.filled),
     **dict.fromkeys(_names("arange eye linspace rand randn scalar_tensor"), pointwise.constant),
