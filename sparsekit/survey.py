@@ -84,24 +84,22 @@ def living(
     """
     labels = [follow(recording, coupling) for recording in recordings]
     channels = connect(coupling, components(coupling), renormalise=True)
-    found: dict[tuple[str, int, bytes], int] = {}
-    for number, group in _groups(coupling, channels, recordings).items():
-        found |= {_key(slot): number for slot in group.slots}
-    alive = np.ones(len(channels.group), dtype=bool)
     used = {name for recording in recordings for name in _first_use([recording])}
-    for group, keep in plan.keep.items():
-        if not any(slot.tensor in used for slot in group.slots):
-            continue  # as of heads that run only in training
-        known = [found[key] for slot in group.slots if (key := _key(slot)) in found]
-        if not known:
+    slots = {group: next((slot for slot in group.slots if slot.tensor in used), None) for group in plan.keep}
+    given = {group: slot for group, slot in slots.items() if slot is not None}  # others are of heads for training alone
+    labels_of = [coupling.places.get((slot.tensor, slot.dim)) for slot in given.values()]
+    found = channels.positions([_NOWHERE if label is None else label for label in labels_of])
+    alive = np.ones(len(channels.group), dtype=bool)
+    for (group, slot), numbers in zip(given.items(), found, strict=True):
+        number = next((number for number, index in numbers.items() if np.array_equal(index, slot.index.numpy())), None)
+        if number is None:
             raise PlanError(f"group {group.name!r}: the recorded forward of this model has no such channels")
-        inside = np.flatnonzero(channels.group == known[0])
-        alive[inside] = keep.numpy()[channels.rank[inside]]
+        inside = np.flatnonzero(channels.group == number)
+        alive[inside] = plan.keep[group].numpy()[channels.rank[inside]]
     return labels, channels.alive(np.arange(coupling.num_atoms)[:, None], alive)
 
 
-def _key(slot: Slot) -> tuple[str, int, bytes]:
-    return slot.tensor, slot.dim, slot.index.numpy().tobytes()
+_NOWHERE = np.zeros((0, 1), dtype=np.int64)
 
 
 def _record(model: nn.Module, inputs: tuple[Any, ...], kernels: MetaKernels) -> tuple[nn.Module, list[Recording]]:
