@@ -107,8 +107,10 @@ def trace(model: nn.Module, example_inputs: Any, *, renormalise: bool = False) -
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     check_inputs(model, inputs)
     with paused_collection():
-        found = survey(model, inputs, renormalise=renormalise)
-        return _graph(model, found, _batch_size(inputs), on_request=not renormalise)
+        # No name for the survey: it would live until the collector runs again, which would walk all of it.
+        return _graph(
+            model, survey(model, inputs, renormalise=renormalise), _batch_size(inputs), on_request=not renormalise
+        )
 
 
 def _batch_size(inputs: tuple[Any, ...]) -> int:

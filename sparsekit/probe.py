@@ -171,6 +171,8 @@ class Probe:
         small = cut(self._twin, plan)
         for number, (recording, mode) in enumerate(zip(self._recordings, (False, True), strict=False)):
             again = record(small.train() if mode else small, self._inputs[mode], self._kernels)
+            if again.error is not None:
+                again.error.__traceback__ = None  # its frames hold all of this until Python's collector runs
             found = (compare_layers if self._loose else compare)(recording, again, self._labels[number], predicted)
             if found is not None:
                 follows = tuple(self._followed(number, found, predicted))

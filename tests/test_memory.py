@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 import weakref
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.models import VisionTransformer
 
 from sparsekit.compaction import certify, compact
 from sparsekit.graph import trace
@@ -93,3 +95,16 @@ def test_a_network_that_needs_values_and_keeps_some_is_copied_once() -> None:
     recorded = next(op.owner for op in found.recordings[0].ops if isinstance(op.owner, nn.Linear))
     weight = found.twin.get_parameter("first.weight")
     assert weight.data_ptr() == recorded.get_parameter("weight").data_ptr() != model.first.weight.data_ptr()
+
+
+def test_tracing_leaves_nothing_to_the_collector() -> None:
+    model, x = VisionTransformer(16, 4, 2, 3, 24, 48).eval(), torch.randn(1, 3, 16, 16)
+    trace(model, x, renormalise=True)  # what torch makes once
+    gc.collect()
+    gc.disable()
+    try:
+        graph = trace(model, x, renormalise=True)
+        assert gc.collect() < 200  # objects; a pass that failed holds thousands
+    finally:
+        gc.enable()
+    assert graph.groups
