@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -133,7 +133,7 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...], kernels: MetaKerne
     """
     named = states_by_name(model)
     device = next((tensor.device for tensor in named.values()), torch.device("cpu"))
-    with _ONE_AT_A_TIME, _plain_torch(), running_modules(model) as stack:
+    with _ONE_AT_A_TIME, _plain_torch(), _kept_values(), running_modules(model) as stack:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), example_inputs)
         recorder = _Recorder(stack, kernels or MetaKernels())
         states = {name: recorder.state(tensor) for name, tensor in named.items()}
@@ -304,3 +304,35 @@ def _plain_torch() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _kept_values() -> Iterator[None]:
+    """Tensors of the forward's own numbers are made on the CPU: made on the meta device they would have none."""
+
+    def moving(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def moved(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+            if device is None or torch.device(device).type != "meta" or isinstance(data, Tensor):
+                return make(data, device=device, **kwargs)
+            return make(data, **kwargs).to(device)
+
+        return moved
+
+    def picked(x: Tensor, index: Any) -> Tensor:
+        if x.is_meta:  # x[:, [2, 1, 0]]
+            parts = index if type(index) is tuple else (index,)
+            index = tuple(torch.tensor(part) if _are_numbers(part) else part for part in parts)
+        return pick(x, index)
+
+    makers, pick = (torch.tensor, torch.as_tensor), Tensor.__getitem__
+    torch.tensor, torch.as_tensor = map(moving, makers)
+    Tensor.__getitem__ = picked  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.tensor, torch.as_tensor = makers
+        del Tensor.__getitem__  # it is inherited
+
+
+def _are_numbers(part: Any) -> bool:
+    return type(part) is list and bool(part) and all(type(item) is int or type(item) is bool for item in part)

@@ -114,6 +114,32 @@ def test_a_normalisation_of_the_wrong_size_fails_on_meta_too() -> None:
     assert isinstance(recording.error, RuntimeError)
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda scale, x: x * torch.tensor([1.0, 2.0, 3.0], device=x.device)[:, None, None],
+        lambda scale, x: x * torch.as_tensor([[1.0, 2.0, 3.0]], dtype=torch.float32, device=x.device)[0, :, None, None],
+        lambda scale, x: x[:, [2, 1, 0]],
+        lambda scale, x: x[[[1, 0]][0]],
+        lambda scale, x: x[:, [True, False, True]],
+    ],
+)
+def test_numbers_in_the_forward_keep_their_values_on_meta(forward: Callable[..., Tensor]) -> None:
+    on_shapes, real = recorded(forward, X), record(Lambda(forward), (X,))
+    assert on_shapes.error is None
+    values, expected = ([*recording.constants.values()] for recording in (on_shapes, real))
+    torch.testing.assert_close(values, expected)
+    assert [name for name in names(on_shapes) if name != "_to_copy"] == names(real)
+    assert [ref.shape for ref in on_shapes.outputs] == [ref.shape for ref in real.outputs]
+    assert torch.tensor(0.0, device="meta").is_meta
+    assert "__getitem__" not in vars(Tensor)
+
+
+def test_what_an_index_may_hold_beside_numbers_is_left_as_it_is() -> None:
+    recording = recorded(lambda scale, x: x[[]].sum() + x[..., 0, [[0, 1], [1, 0]]].sum() + x[0, None].sum(), X)
+    assert recording.error is None
+
+
 def test_the_op_that_stopped_the_pass_is_named_with_its_arguments() -> None:
     recording = recorded(lambda scale, x: (x * 2).view(5, -1), X)
     assert isinstance(recording.error, RuntimeError)
