@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsekit.copying import states_by_name
-from sparsekit.errors import TraceError
 from sparsekit.forward import check_inputs as check_inputs
 from sparsekit.forward import plain
 from sparsekit.meta import MetaKernels as MetaKernels
 from sparsekit.meta import on_meta as on_meta
+from sparsekit.plain_torch import kept_values, plain_torch
 from sparsekit.whereabouts import Frames, running_modules
 
 _PLAIN = frozenset([int, float, bool, type(None)])
@@ -133,7 +133,7 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...], kernels: MetaKerne
     """
     named = states_by_name(model)
     device = next((tensor.device for tensor in named.values()), torch.device("cpu"))
-    with _ONE_AT_A_TIME, _plain_torch(), _kept_values(), running_modules(model) as stack:
+    with _ONE_AT_A_TIME, plain_torch(), kept_values(), running_modules(model) as stack:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), example_inputs)
         recorder = _Recorder(stack, kernels or MetaKernels())
         states = {name: recorder.state(tensor) for name, tensor in named.items()}
@@ -284,55 +284,3 @@ def _storage(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return (id(tensor),)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-@contextmanager
-def _plain_torch() -> Iterator[None]:
-    """The same ops whatever the caller's mode: as in training, no fused shortcuts, and nothing saved for backward."""
-
-    def refuse(_: object) -> Tensor:
-        raise TraceError("the forward differentiates; only networks that do not can be recorded")
-
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@contextmanager
-def _kept_values() -> Iterator[None]:
-    """Tensors of the forward's own numbers are made on the CPU: made on the meta device they would have none."""
-
-    def moving(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def moved(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
-            if device is None or torch.device(device).type != "meta" or isinstance(data, Tensor):
-                return make(data, device=device, **kwargs)
-            return make(data, **kwargs).to(device)
-
-        return moved
-
-    def picked(x: Tensor, index: Any) -> Tensor:
-        if x.is_meta:  # x[:, [2, 1, 0]]
-            parts = index if type(index) is tuple else (index,)
-            index = tuple(torch.tensor(part) if _are_numbers(part) else part for part in parts)
-        return pick(x, index)
-
-    makers, pick = (torch.tensor, torch.as_tensor), Tensor.__getitem__
-    torch.tensor, torch.as_tensor = map(moving, makers)
-    Tensor.__getitem__ = picked  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.tensor, torch.as_tensor = makers
-        del Tensor.__getitem__  # it is inherited
-
-
-def _are_numbers(part: Any) -> bool:
-    return type(part) is list and bool(part) and all(type(item) is int or type(item) is bool for item in part)

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-_FOREIGN = (os.path.dirname(torch.__file__) + os.sep, os.path.join(os.path.dirname(__file__), "record.py"), "<")
+_OURS = (os.path.join(os.path.dirname(__file__), name) for name in ("record.py", "plain_torch.py"))
+_FOREIGN = (os.path.dirname(torch.__file__) + os.sep, *_OURS, "<")
 
 
 @contextmanager

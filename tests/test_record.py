@@ -131,6 +131,7 @@ def test_numbers_in_the_forward_keep_their_values_on_meta(forward: Callable[...,
     torch.testing.assert_close(values, expected)
     assert [name for name in names(on_shapes) if name != "_to_copy"] == names(real)
     assert [ref.shape for ref in on_shapes.outputs] == [ref.shape for ref in real.outputs]
+    assert {op.source.partition(":")[0] for op in on_shapes.ops} == {"tests/test_record.py"}
     assert torch.tensor(0.0, device="meta").is_meta
     assert "__getitem__" not in vars(Tensor)
 
