@@ -51,7 +51,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     plain = [module for module in modules if type(module) in kinds]
     for module in plain:  # first all of them, because modules refer to each other
         memo[id(module)] = type(module).__new__(type(module))
-    for module in plain:
+    for module in reversed(plain):  # parts before wholes: one that copies itself, as a compiled one, reads its parts
         twin = vars(memo[id(module)])
         for name, value in vars(module).items():
             twin[name] = value if type(value) in _FIXED else _copied(value, memo)

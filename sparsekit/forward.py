@@ -17,8 +17,12 @@ def check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     """Name what is wrong with the example inputs before the forward meets it.
 
     Raises:
-        TraceError: too few or too many, another device than the model's, another floating-point type.
+        TraceError: no module with a forward in Python; too few or too many inputs, another device than the model's,
+            another floating-point type.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        hint = "; its module() is one" if isinstance(model, torch.export.ExportedProgram) else ""
+        raise TraceError(f"the model is a {type(model).__name__}: expected an nn.Module with a forward in Python{hint}")
     _check_count(model, len(example_inputs))
     states = [*states_by_name(model).values()]
     devices = [str(device) for device in dict.fromkeys(tensor.device for tensor in states)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -293,6 +293,16 @@ def test_a_forward_that_differentiates_is_named() -> None:
     recording = record(Lambda(forward), (X,))
     assert isinstance(recording.error, TraceError)
     assert "differentiates" in str(recording.error)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_is_no_module_with_a_forward_in_python_is_named() -> None:
+    layer = nn.Linear(3, 2)
+    exported = torch.export.export(layer, (torch.randn(1, 3),))
+    scripted = torch.jit.script(layer)
+    for model, name in ((exported, "ExportedProgram"), (scripted, "RecursiveScriptModule"), (len, "builtin_function")):
+        with pytest.raises(TraceError, match=f"^the model is a {name}.*expected an nn.Module with a forward in Python"):
+            check_inputs(cast(nn.Module, model), (torch.randn(1, 3),))
 
 
 class Two(nn.Module):

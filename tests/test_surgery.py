@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -125,3 +126,15 @@ def test_a_copy_is_a_deep_copy() -> None:
     replaced = copy_module(network, {id(network.a.weight): nn.Parameter(torch.ones(4, 4))})
     assert isinstance(replaced, Tangled)
     assert replaced.b.weight.sum() == 16
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # with the hooks by which a recording knows its modules
+def test_a_part_that_copies_itself_is_copied_after_its_own_parts() -> None:
+    part = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    compiled = cast(nn.Module, torch.compile(part))
+    model = nn.Sequential(compiled).eval()
+    (group,) = trace(model, X).groups
+    small = compact(model, keep_top({group: torch.rand(4)}, {group: 2}))
+    shapes = [list(parameter.shape) for parameter in small.parameters()]
+    assert shapes == [[2, 3, 1, 1], [2], [2, 2, 1, 1], [2]]
+    assert type(small.get_submodule("0")) is type(compiled)
