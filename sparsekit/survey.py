@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sparsekit.baking import bake_all
-from sparsekit.channels import Channels, components, connect
+from sparsekit.channels import Channels, connect
+from sparsekit.components import components
 from sparsekit.copying import kept_tensors
 from sparsekit.coupling import Coupling, Labels, Mark, Product
 from sparsekit.errors import PlanError, TraceError
