@@ -246,7 +246,7 @@ class _Recorder(TorchDispatchMode):
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._known(value) or self.read(value)
+            return self.read(value)
         if type(value) is list or type(value) is tuple:
             if _PLAIN.issuperset(map(type, value)):
                 return [*value]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sparsekit.errors import TraceError
 from sparsekit.record import MetaKernels, Recording, check_inputs, on_meta, record
+from tests.test_formulas import LAYOUTS
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -73,13 +74,6 @@ def test_shapes_on_meta_are_those_of_the_real_network(name: str, training: bool)
 
 
 ATEN = torch.ops.aten
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.transpose(1, 2),
-    "channels last": lambda x: x.to(memory_format=torch.channels_last),
-    "with gaps": lambda x: x[:, :, 1:7],
-    "expanded": lambda x: x[:, :1].expand(-1, 3, -1, -1),
-}
 CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "gelu": (ATEN.gelu.default, (), {}),
     "gt": (ATEN.gt.Scalar, (0.5,), {}),
