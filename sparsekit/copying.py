@@ -54,7 +54,13 @@ def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in reversed(plain):  # parts before wholes: one that copies itself, as a compiled one, reads its parts
         twin = vars(memo[id(module)])
         for name, value in vars(module).items():
-            twin[name] = value if type(value) in _FIXED else _copied(value, memo)
+            kind = type(value)
+            if kind in _FIXED:
+                twin[name] = value
+            elif kind in _CONTAINERS and not value:  # most of them, so no call for each
+                twin[name] = kind()
+            elif name != "_compiled_call_impl":  # it would run the original; torch's own copies do not have it either
+                twin[name] = _copied(value, memo)
     copied: nn.Module = copy.deepcopy(model, memo)  # finds it in the memo, or is a module that copies itself
     return copied
 

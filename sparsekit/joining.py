@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._ops import OpOverload
 from sparsekit.steps import Batch, OfModel, Pass, Step, Structure, Value, operator, values
 from sparsekit.takes import Take, limit_of
 
+_PLAIN = frozenset([int, float, bool, str, type(None)])
 Join = Callable[[Any, Any], Any]  # of two values that differ, one that stands for both, or None
 Alone = Callable[[Step], Step]  # a copy that only the first recording makes, as the joined pass has it
 
@@ -81,6 +83,9 @@ class _Joining:
         return [self._mine.get(a, a) for a in mine] == [self._theirs.get(b, -1) for b in theirs]
 
     def __call__(self, a: Any, b: Any) -> Any:
+        kind = type(a)
+        if kind is type(b) and kind in _PLAIN and (a == b or a != a):  # NaN
+            return a
         if isinstance(a, Step) and isinstance(b, Step):
             self.agrees &= len(a.outputs) == len(b.outputs) and (a.op, a.no_grad) == (b.op, b.no_grad)
             args = self(a.args, b.args)
@@ -97,7 +102,7 @@ class _Joining:
         if isinstance(a, Structure) and isinstance(b, Structure):
             parts = {field.name: self(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)}
             return Structure(**parts)
-        if type(a) is type(b) and (a == b or a != a):  # NaN
+        if kind is type(b) and a == b:
             return a
         result = self._join(a, b)
         self.agrees &= result is not None
@@ -139,7 +144,7 @@ def finished(draft: Pass) -> Pass:
         func = operator(step.op)
         if _has_effect(func) or wanted & set(step.outputs):
             wanted |= set(values(step.args))
-            defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+            defaults = _defaults(func)
             args = {
                 name: arg for name, arg in step.args.items() if name not in defaults or not _same(arg, defaults[name])
             }
@@ -149,10 +154,16 @@ def finished(draft: Pass) -> Pass:
     return replace(draft, shapes=shapes, states=states, steps=tuple(reversed(steps)))
 
 
+@cache
+def _defaults(func: OpOverload) -> dict[str, Any]:
+    return {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+
+
 def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
+@cache
 def _has_effect(func: OpOverload) -> bool:
     """Whether it writes into a tensor, or draws random numbers and so decides what later ops draw."""
     is_norm = "batch_norm" in func._schema.name  # its running statistics are not marked as written to

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekit.coupling import Labels
+from sparsekit.coupling import Label, Labels
 from sparsekit.errors import PlanError
 from sparsekit.record import Ref
 
@@ -27,6 +27,7 @@ class Living:
     labels: Mapping[int, Labels]
     alive: Mask
     _masks: dict[int, list[Mask]] = field(default_factory=dict)
+    _left: dict[int, Mask] = field(default_factory=dict)  # by the id of a label, which many tensors share
 
     def masks(self, ref: Ref) -> list[Mask]:
         """Which positions are left, bool [size] per dimension."""
@@ -34,12 +35,17 @@ class Living:
         if known is None:
             labels = self.labels.get(ref.index, (None,) * len(ref.shape))
             known = self._masks[ref.index] = [
-                np.ones(size, dtype=bool) if label is None else np.asarray(self.alive[label].all(axis=1))
+                np.ones(size, dtype=bool) if label is None else self._living(label)
                 for size, label in zip(ref.shape, labels, strict=False)
             ]
         if len(known) != len(ref.shape):
             raise PlanError(f"a tensor of shape {list(ref.shape)} changed its rank in place: it cannot be cut")
         return known
+
+    def _living(self, label: Label) -> Mask:
+        if id(label) not in self._left:
+            self._left[id(label)] = np.asarray(self.alive[label].all(axis=1))
+        return self._left[id(label)]
 
     def mask(self, ref: Ref, dim: int) -> Mask:
         """Which positions along `dim` are left, bool [size]."""

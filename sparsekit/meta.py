@@ -55,7 +55,7 @@ class MetaKernels:
         if kind is None:
             return func(*args, **kwargs)
         alike = _elementwise(func) and kwargs.get("memory_format") in _AS_IT_IS and _one_layout(args)
-        key = (func, _key(args, shapes=not alike), _key(tuple(kwargs.items())))
+        key = (func, _key(args, shapes=not alike), _key(tuple(kwargs.items())) if kwargs else ())
         if None in key:  # other devices
             return func(*args, **kwargs)
         if kind == "in place":  # neither the shape nor the dtype changes, or torch refuses

@@ -25,6 +25,7 @@ def plain_torch() -> Iterator[None]:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),  # compiled parts run as they were written
             torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse),
         ):
             yield

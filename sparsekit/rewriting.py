@@ -9,11 +9,12 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch._ops import OpOverload
 
 from sparsekit.errors import PlanError
 from sparsekit.living import Living, Mask
@@ -38,12 +39,19 @@ def rewrite(op: Op, living: Living) -> Op:
     spatial = re.search(r"([123])d", op.name)
     if spatial:
         return _spatial(op, living, int(spatial.group(1)))
-    types = {argument.name: str(argument.type) for argument in op.func._schema.arguments}
-    for name, value in op.args.items():
-        is_value = "number" in types[name] or types[name] == "Tensor"
-        if _has_int(value) and not is_value and name not in ("dim", "dims", "dim0", "dim1"):
+    for name in _numbering(op.func):
+        value = op.args[name]
+        if _has_int(value):
             raise _refused(op, f"{name}={value} may number what is cut")
     return op
+
+
+@cache
+def _numbering(func: OpOverload) -> list[str]:
+    """The arguments that may number positions: they are neither values nor dimensions."""
+    types = {argument.name: str(argument.type) for argument in func._schema.arguments}
+    named = ("dim", "dims", "dim0", "dim1")
+    return [name for name, kind in types.items() if not ("number" in kind or kind == "Tensor" or name in named)]
 
 
 def _has_int(value: Any) -> bool:

@@ -62,10 +62,10 @@ def survey(model: nn.Module, inputs: tuple[Any, ...], *, renormalise: bool) -> S
     calls, passes = tuple(coupling.macs), tuple(coupling.passes)
     labels += [follow(recording, coupling) for recording in recordings[1:]]
     probe = Probe(twin, (inputs, for_training(inputs)), recordings, labels, kernels)
-    connected = components(coupling)
+    connected, order = components(coupling), _first_use(recordings)
     while True:
         channels = connect(coupling, connected, renormalise=renormalise)
-        groups = _groups(coupling, channels, recordings)
+        groups = _groups(coupling, channels, order)
         if probe.agrees(groups, channels, coupling):
             return Survey(twin, recordings, coupling, calls, passes, channels, groups)
 
@@ -141,8 +141,8 @@ def _recordings(twin: nn.Module, inputs: tuple[Any, ...], kernels: MetaKernels) 
     return [evaluated]
 
 
-def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording]) -> dict[int, ChannelGroup]:
-    """Group number -> group, ordered and named by the first layer that makes its channels."""
+def _groups(coupling: Coupling, channels: Channels, order: dict[str, int]) -> dict[int, ChannelGroup]:
+    """Group number -> group, ordered and named by the first layer that makes its channels; `order` of the layers."""
     slots: dict[int, list[Slot]] = {}
     read = np.zeros(coupling.num_atoms, dtype=bool)
     for label in coupling.read:
@@ -155,7 +155,6 @@ def _groups(coupling: Coupling, channels: Channels, recordings: list[Recording])
     residual = channels.groups_in(channels.owning(coupling.added))
     silent, inexact = channels.groups_in(channels.silent), channels.groups_in(~channels.exact)
     reasons = _reasons(coupling.fixed, channels)
-    order = _first_use(recordings)
     makers = {
         number: min(_makers(found), key=lambda name: order.get(name, len(order))) for number, found in slots.items()
     }

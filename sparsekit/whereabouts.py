@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from types import CodeType, FrameType, FunctionType
@@ -12,31 +12,38 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-_OURS = (os.path.join(os.path.dirname(__file__), name) for name in ("record.py", "plain_torch.py"))
+from sparsekit.copying import modules_by_path
+
+_OURS = (os.path.join(os.path.dirname(__file__), name) for name in ("record.py", "plain_torch.py", "whereabouts.py"))
 _FOREIGN = (os.path.dirname(torch.__file__) + os.sep, *_OURS, "<")
 
 
 @contextmanager
 def running_modules(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The modules now running and their paths, innermost last; global hooks leave the model untouched."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    stack = [("", model)]
+    """The modules now running and their paths, innermost last; the model is untouched.
 
-    def enter(module: nn.Module, _: Any) -> None:
+    Torch's own hooks for all modules would do, at ten times the time, and compiled modules warn of them.
+    """
+    paths: dict[int, str] = {}
+    for path, module in modules_by_path(model).items():
+        paths.setdefault(id(module), path)
+    stack = [("", model)]
+    call: Callable[..., Any] = nn.Module._call_impl
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         path = paths.get(id(module))
         stack.append(stack[-1] if path is None else (path, module))
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            stack.pop()
 
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    nn.Module._call_impl = called  # type: ignore[method-assign, assignment]
     try:
         yield stack
     finally:
-        for hook in hooks:
-            hook.remove()
+        nn.Module._call_impl = call  # type: ignore[method-assign]
 
 
 class Frames:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import NoReturn, cast
 
 import pytest
 import torch
@@ -128,13 +128,28 @@ def test_a_copy_is_a_deep_copy() -> None:
     assert replaced.b.weight.sum() == 16
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # with the hooks by which a recording knows its modules
 def test_a_part_that_copies_itself_is_copied_after_its_own_parts() -> None:
-    part = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    compiled = cast(nn.Module, torch.compile(part))
-    model = nn.Sequential(compiled).eval()
-    (group,) = trace(model, X).groups
-    small = compact(model, keep_top({group: torch.rand(4)}, {group: 2}))
-    shapes = [list(parameter.shape) for parameter in small.parameters()]
-    assert shapes == [[2, 3, 1, 1], [2], [2, 2, 1, 1], [2]]
+    compiled = cast(nn.Module, torch.compile(_part(), backend=_never_compiles))
+    small = _halved(nn.Sequential(compiled))
     assert type(small.get_submodule("0")) is type(compiled)
+
+
+def test_a_part_compiled_in_place_is_copied_as_it_was_written() -> None:
+    model = nn.Sequential(_part())
+    model[0].compile(backend=_never_compiles)
+    assert _halved(model)(X).shape == (2, 2, 8, 8)
+
+
+def _part() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+def _never_compiles(*_: object) -> NoReturn:
+    raise AssertionError("nothing is compiled to record a pass")
+
+
+def _halved(model: nn.Module) -> nn.Module:
+    (group,) = trace(model.eval(), X).groups
+    small = compact(model, keep_top({group: torch.rand(4)}, {group: 2}))
+    assert [list(parameter.shape) for parameter in small.parameters()] == [[2, 3, 1, 1], [2], [2, 2, 1, 1], [2]]
+    return small
