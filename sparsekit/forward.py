@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import is_namedtuple_instance, keystr, tree_flatten_with_path
 
-from sparsekit.copying import states_by_name
+from sparsekit.copying import modules_by_path, states_by_name
 from sparsekit.errors import TraceError
 
 
@@ -20,9 +20,12 @@ def check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
         TraceError: no module with a forward in Python; too few or too many inputs, another device than the model's,
             another floating-point type.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        hint = "; its module() is one" if isinstance(model, torch.export.ExportedProgram) else ""
-        raise TraceError(f"the model is a {type(model).__name__}: expected an nn.Module with a forward in Python{hint}")
+    parts: dict[str, Any] = modules_by_path(model) if isinstance(model, nn.Module) else {"": model}
+    for path, part in parts.items():
+        if not isinstance(part, nn.Module) or isinstance(part, torch.jit.ScriptModule):
+            name = f"module {path!r}" if path else "the model"
+            hint = "; its module() is one" if isinstance(part, torch.export.ExportedProgram) else ""
+            raise TraceError(f"{name} is a {type(part).__name__}: expected an nn.Module with a forward in Python{hint}")
     _check_count(model, len(example_inputs))
     states = [*states_by_name(model).values()]
     devices = [str(device) for device in dict.fromkeys(tensor.device for tensor in states)]

@@ -294,8 +294,13 @@ def test_what_is_no_module_with_a_forward_in_python_is_named() -> None:
     layer = nn.Linear(3, 2)
     exported = torch.export.export(layer, (torch.randn(1, 3),))
     scripted = torch.jit.script(layer)
-    for model, name in ((exported, "ExportedProgram"), (scripted, "RecursiveScriptModule"), (len, "builtin_function")):
-        with pytest.raises(TraceError, match=f"^the model is a {name}.*expected an nn.Module with a forward in Python"):
+    for model, named in (
+        (exported, "the model is a ExportedProgram"),
+        (scripted, "the model is a RecursiveScriptModule"),
+        (nn.Sequential(nn.ReLU(), scripted), "module '1' is a RecursiveScriptModule"),
+        (len, "the model is a builtin_function"),
+    ):
+        with pytest.raises(TraceError, match=f"^{named}.*expected an nn.Module with a forward in Python"):
             check_inputs(cast(nn.Module, model), (torch.randn(1, 3),))
 
 
