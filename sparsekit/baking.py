@@ -11,7 +11,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 def is_computed(module: nn.Module) -> bool:
     """Whether the module computes one of its weights before every forward."""
     hooks = module._forward_pre_hooks.values()
-    return parametrize.is_parametrized(module) or any(isinstance(hook, _HOOKS) for hook in hooks)
+    return _is_parametrized(module) or any(isinstance(hook, _HOOKS) for hook in hooks)
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module)  # looked up alone, it is slow
 
 
 _HOOKS = (SpectralNorm, WeightNorm, prune.BasePruningMethod)
@@ -19,7 +23,7 @@ _HOOKS = (SpectralNorm, WeightNorm, prune.BasePruningMethod)
 
 def bake(module: nn.Module) -> None:
     """Replace, in place, each computed weight by a parameter of its present value: the function stays the same."""
-    if parametrize.is_parametrized(module):
+    if _is_parametrized(module):
         _bake_parametrizations(module)
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, SpectralNorm):

@@ -46,7 +46,10 @@ def _components(coupling: Coupling) -> tuple[NDArray[np.int64], NDArray[np.int64
 
     A component that is a product in two ways has the factors of both united, column by column.
     """
-    size = coupling.num_atoms
+    firsts = coupling.firsts()
+    own = firsts == np.arange(coupling.num_atoms)
+    node = (np.cumsum(own) - 1)[firsts]  # most atoms are those of a place that agrees with others
+    size = int(own.sum())
     edges = [np.stack([np.concatenate(ends) for ends in zip(*coupling.edges, strict=True)])] if coupling.edges else []
     width = max((factored.rows.shape[1] for factored in coupling.factored), default=1)
     products = [
@@ -59,10 +62,10 @@ def _components(coupling: Coupling) -> tuple[NDArray[np.int64], NDArray[np.int64
     ]
     table = np.concatenate(products) if products else np.zeros((0, 1 + width), np.int64)
     while True:
-        left, right = np.concatenate([*edges, np.zeros((2, 0), np.int64)], axis=1)
+        left, right = node[np.concatenate([*edges, np.zeros((2, 0), np.int64)], axis=1)]
         links = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(size, size))
         count, component = connected_components(links, directed=False)
-        component = component.astype(np.int64)
+        component = component.astype(np.int64)[node]
         padded = np.append(component, _NONE)
         rows = _distinct(padded[table])
         clash = _clashes(rows)
@@ -71,7 +74,7 @@ def _components(coupling: Coupling) -> tuple[NDArray[np.int64], NDArray[np.int64
             factors[rows[:, 0]] = rows[:, 1:]
             return component, factors
         first = np.zeros(count, dtype=np.int64)  # an atom of each component
-        first[component] = np.arange(size)
+        first[component] = np.arange(len(component))
         edges.append(first[clash])
 
 

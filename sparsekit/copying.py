@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 _FIXED = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size])
+_NAMES = frozenset([str])
 _CONTAINERS = frozenset([dict, OrderedDict, set, list])
 _OWN = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, modules, hooks
 # Convolutions have a __setstate__ only for pickles of old versions.
@@ -104,10 +105,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
             twin = value.detach().clone(memory_format=torch.preserve_format)
             memo[id(value)] = nn.Parameter(twin, value.requires_grad) if kind is nn.Parameter else twin
             return memo[id(value)]
-    elif kind is dict and all(type(key) is str for key in value):
+    elif kind is dict and _NAMES.issuperset(map(type, value)):
         twins: dict[str, Any] = {}
         memo[id(value)] = twins
         for key, item in value.items():
-            twins[key] = _copied(item, memo)
+            twins[key] = memo[id(item)] if id(item) in memo else _copied(item, memo)
         return twins
     return copy.deepcopy(value, memo)

@@ -62,7 +62,7 @@ class Coupling:
 
     Attributes:
         places: parameter and buffer dimensions, and integer attributes, with the atoms of their positions.
-        edges: pairs of atoms that live or die together.
+        edges: pairs of atoms that live or die together, beside places that agree (`firsts`).
         factored: atoms that are products of others.
         frozen: atoms that must stay.
         fixed: atoms that must stay while the user's own forward runs, which names their number as a literal.
@@ -89,6 +89,7 @@ class Coupling:
         self.macs: list[Product] = []
         self.passes: list[Product] = []
         self.num_atoms = 0
+        self._places: dict[int, tuple[Label, Label]] = {}  # by the id of a place's label: it, and one it agrees with
         self._labels: dict[int, Labels] = {}
         self._static: set[int] = set()  # tensors computed from parameters alone
         self._clean: set[int] = set()  # tensors whose channels are zero once all their parameters are
@@ -160,7 +161,11 @@ class Coupling:
         if left is right:
             return
         if left.shape[1] == 1:
-            self.edges.append((left[:, 0], right[:, 0]))
+            first, other = sorted((self.first(left), self.first(right)), key=lambda label: int(label[0, 0]))
+            if {id(first), id(other)} <= self._places.keys():
+                self._places[id(other)] = (other, first)
+            else:
+                self.edges.append((left[:, 0], right[:, 0]))
         elif right.shape[1] == 1:
             self.factored.append(Factored(right[:, 0], left, self._op))
         else:
@@ -170,6 +175,23 @@ class Coupling:
                 self.factored += [Factored(both[:, 0], rows, self._op) for rows in (left, right)]
             else:
                 self.edges += [(left[:, i], right[:, j]) for i, j in pairs]
+
+    def first(self, label: Label) -> Label:
+        """The first place's label that agrees with that of a place, position by position; another label as it is."""
+        found = label
+        while (known := self._places.get(id(found))) is not None and known[1] is not found:
+            found = known[1]
+        if found is not label:
+            self._places[id(label)] = (label, found)
+        return found
+
+    def firsts(self) -> Atoms:
+        """int64 [num_atoms], for the atoms of a place those of the first that agrees with it; others are their own."""
+        atoms = np.arange(self.num_atoms)
+        for label, _ in list(self._places.values()):
+            start = int(label[0, 0])
+            atoms[start : start + len(label)] = self.first(label)[:, 0]
+        return atoms
 
     def contract(self, left: tuple[Ref, Label | None], right: tuple[Ref, Label | None]) -> None:
         """Two dimensions are multiplied and summed over.
@@ -242,7 +264,8 @@ class Coupling:
         if size <= 1:  # nothing of a single position can be cut
             return None
         if place not in self.places:
-            self.places[place] = self.fresh(size)
+            label = self.places[place] = self.fresh(size)
+            self._places[id(label)] = (label, label)
         return self.places[place]
 
     def fresh(self, size: int) -> Label:

@@ -21,11 +21,13 @@ def check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
             another floating-point type.
     """
     parts: dict[str, Any] = modules_by_path(model) if isinstance(model, nn.Module) else {"": model}
-    for path, part in parts.items():
+    for name, part in parts.items():
         if not isinstance(part, nn.Module) or isinstance(part, torch.jit.ScriptModule):
-            name = f"module {path!r}" if path else "the model"
+            which = f"module {name!r}" if name else "the model"
             hint = "; its module() is one" if isinstance(part, torch.export.ExportedProgram) else ""
-            raise TraceError(f"{name} is a {type(part).__name__}: expected an nn.Module with a forward in Python{hint}")
+            raise TraceError(
+                f"{which} is a {type(part).__name__}: expected an nn.Module with a forward in Python{hint}"
+            )
     _check_count(model, len(example_inputs))
     states = [*states_by_name(model).values()]
     devices = [str(device) for device in dict.fromkeys(tensor.device for tensor in states)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ def _graph(model: nn.Module, found: Survey, batch_size: int, *, on_request: bool
         for name, state in states_by_name(found.twin).items()
         if isinstance(state, nn.Parameter)
     ]
-    sizes = _Sizes(channels, groups, [*calls, *found.passes, *numels])
+    sizes = _Sizes(channels, groups, coupling.first, [*calls, *found.passes, *numels])
     macs = tuple(sizes.term(call, batch_size) for call in calls)
     passes = tuple(sizes.term(product, batch_size) for product in found.passes)
     params = tuple(sizes.term(numel, 1) for numel in numels)
@@ -142,13 +142,22 @@ def _numel(name: str, ref: Ref, coupling: Coupling) -> Product:
 class _Sizes:
     """Turns products of labels into products of sizes that follow the channel counts."""
 
-    def __init__(self, channels: Channels, groups: dict[int, ChannelGroup], products: list[Product]) -> None:
+    def __init__(
+        self,
+        channels: Channels,
+        groups: dict[int, ChannelGroup],
+        first_of: Callable[[Label], Label],
+        products: list[Product],
+    ) -> None:
+        """`first_of` gives one of all labels that agree."""
+        self._first_of = first_of
         self._sizes: dict[int, Size] = {}  # by the id of a label, which many products share
         by_number = np.full(len(channels.group) + 1, -1, dtype=np.int64)
         by_number[list(groups)] = np.arange(len(groups))
         position = by_number[np.append(channels.group, -1)]  # owner -1 reads the last entry
         counts = [float(group.size) for group in groups.values()]
-        distinct = {id(dim): dim for product in products for dim in product.dims if not isinstance(dim, int)}
+        firsts = (first_of(dim) for product in products for dim in product.dims if not isinstance(dim, int))
+        distinct = {id(label): label for label in firsts}
         labels = list(distinct.values())
         for which, _, _, owners in owned(labels, channels.of):
             numbers = np.sort(position[owners], axis=1)
@@ -171,7 +180,7 @@ class _Sizes:
         return CostTerm(product.name, product.scale / num_examples, tuple(map(self._size, product.dims)), layer)
 
     def _size(self, label: Label | int) -> Size:
-        return {(): float(label)} if isinstance(label, int) else self._sizes[id(label)]
+        return {(): float(label)} if isinstance(label, int) else self._sizes[id(self._first_of(label))]
 
 
 def _refusals(

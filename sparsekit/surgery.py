@@ -53,17 +53,23 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     gone: dict[tuple[str, int], list[NDArray[np.int64]]] = {}  # numpy: a fifth of the time, on so little
     for group, keep in plan.keep.items():
         dropped = ~keep.numpy()
+        indices = {id(slot.index): slot.index for slot in group.slots}  # many slots share theirs
+        positions = {key: index.numpy()[dropped].ravel() for key, index in indices.items()}
         for slot in group.slots:
-            gone.setdefault((slot.tensor, slot.dim), []).append(slot.index.numpy()[dropped].ravel())
+            gone.setdefault((slot.tensor, slot.dim), []).append(positions[id(slot.index)])
     counts: dict[str, int] = {}
-    for (name, dim), positions in gone.items():
+    kept: dict[tuple[int, ...], Tensor] = {}  # by a dimension's size and the ids of what goes
+    for (name, dim), parts in gone.items():
         if dim == COUNT:
-            counts[name] = len(np.unique(np.concatenate(positions)))
+            counts[name] = len(np.unique(np.concatenate(parts)))
             continue
         tensor = edited[name] if name in edited else value_of(name).detach()
-        stay = np.ones(tensor.shape[dim], dtype=bool)
-        stay[np.concatenate(positions)] = False
-        edited[name] = _selected(tensor, dim, stay.nonzero()[0])
+        key = (tensor.shape[dim], *map(id, parts))
+        if key not in kept:
+            stay = np.ones(tensor.shape[dim], dtype=bool)
+            stay[np.concatenate(parts)] = False
+            kept[key] = torch.from_numpy(stay.nonzero()[0])
+        edited[name] = _selected(tensor, dim, kept[key])
     small = _replaced(model, edited, value_of, keeps=model is not given)
     modules = modules_by_path(small)
     for name, count in counts.items():
@@ -74,11 +80,11 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return small
 
 
-def _selected(tensor: Tensor, dim: int, positions: NDArray[np.int64]) -> Tensor:
+def _selected(tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
     if tensor.is_meta:  # a quarter of the time
         shape = (*tensor.shape[:dim], len(positions), *tensor.shape[dim + 1 :])
         return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+    return tensor.index_select(dim, positions.to(tensor.device))
 
 
 def plain(model: nn.Module, plan: PruningPlan) -> nn.Module:

@@ -147,20 +147,24 @@ def _groups(coupling: Coupling, channels: Channels, order: dict[str, int]) -> di
     read = np.zeros(coupling.num_atoms, dtype=bool)
     for label in coupling.read:
         read[label] = True
-    found = channels.positions([*coupling.places.values()])
-    for ((tensor, dim), label), positions in zip(coupling.places.items(), found, strict=True):
-        for number, index in positions.items():
-            is_read = bool(read[label[index[0, 0]]].all())
-            slots.setdefault(number, []).append(Slot(tensor, dim, len(label), torch.from_numpy(index), is_read))
+    firsts = {id(first): first for first in map(coupling.first, coupling.places.values())}  # the others own the same
+    found = {
+        first: [(number, index[0, 0], torch.from_numpy(index)) for number, index in positions.items()]
+        for first, positions in zip(firsts, channels.positions([*firsts.values()]), strict=True)
+    }
+    for (tensor, dim), label in coupling.places.items():
+        for number, start, index in found[id(coupling.first(label))]:
+            is_read = bool(read[label[start]].all())
+            slots.setdefault(number, []).append(Slot(tensor, dim, len(label), index, is_read))
     residual = channels.groups_in(channels.owning(coupling.added))
     silent, inexact = channels.groups_in(channels.silent), channels.groups_in(~channels.exact)
     reasons = _reasons(coupling.fixed, channels)
     makers = {
-        number: min(_makers(found), key=lambda name: order.get(name, len(order))) for number, found in slots.items()
+        number: min(_makers(owned), key=lambda name: order.get(name, len(order))) for number, owned in slots.items()
     }
     groups: dict[int, ChannelGroup] = {}
     taken: dict[str, int] = {}
-    sizes = {number: found[0].index.shape[0] for number, found in slots.items()}
+    sizes = {number: owned[0].index.shape[0] for number, owned in slots.items()}
     for number in sorted(slots, key=lambda number: (order.get(makers[number], len(order)), sizes[number])):
         path = makers[number].rpartition(".")[0] or makers[number]
         taken[path] = taken.get(path, 0) + 1
