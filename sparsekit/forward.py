@@ -23,11 +23,10 @@ def check_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     parts: dict[str, Any] = modules_by_path(model) if isinstance(model, nn.Module) else {"": model}
     for name, part in parts.items():
         if not isinstance(part, nn.Module) or isinstance(part, torch.jit.ScriptModule):
-            which = f"module {name!r}" if name else "the model"
+            found = f"module {name!r}" if name else "the model"
             hint = "; its module() is one" if isinstance(part, torch.export.ExportedProgram) else ""
-            raise TraceError(
-                f"{which} is a {type(part).__name__}: expected an nn.Module with a forward in Python{hint}"
-            )
+            kind = type(part).__name__
+            raise TraceError(f"{found} is a {kind}: expected an nn.Module with a forward in Python{hint}")
     _check_count(model, len(example_inputs))
     states = [*states_by_name(model).values()]
     devices = [str(device) for device in dict.fromkeys(tensor.device for tensor in states)]
