@@ -161,8 +161,9 @@ class Coupling:
         if left is right:
             return
         if left.shape[1] == 1:
-            first, other = sorted((self.first(left), self.first(right)), key=lambda label: int(label[0, 0]))
-            if {id(first), id(other)} <= self._places.keys():
+            both = self.first(left), self.first(right)
+            if all(id(label) in self._places for label in both):
+                first, other = sorted(both, key=lambda label: int(label[0, 0]))
                 self._places[id(other)] = (other, first)
             else:
                 self.edges.append((left[:, 0], right[:, 0]))
@@ -171,8 +172,8 @@ class Coupling:
         else:
             pairs = _same_partitions(left, right)
             if pairs is None:
-                both = self.fresh(len(left))
-                self.factored += [Factored(both[:, 0], rows, self._op) for rows in (left, right)]
+                product = self.fresh(len(left))
+                self.factored += [Factored(product[:, 0], rows, self._op) for rows in (left, right)]
             else:
                 self.edges += [(left[:, i], right[:, j]) for i, j in pairs]
 
